@@ -1,0 +1,36 @@
+# demo, test, lint, bench: each makes its own virtual environment first and uses it again later.
+# It needs Python 3.11, a C++ compiler and a package index; nothing else from the network.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# no model or dataset is looked for on the hub by any target
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/prune-llm demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python eval/bench/bench_prune.py
+
+# torch alone and first: a range would bring gigabytes of CUDA libraries to a machine without a GPU
+$(READY): pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache

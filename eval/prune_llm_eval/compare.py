@@ -1,0 +1,134 @@
+"""Put models beside each other on one text: perplexity, KL to the dense one, zeros, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prune_llm.architecture import RUN_DTYPES, block_linears
+from prune_llm.calibration import (
+    BUNDLED,
+    cut_windows,
+    load_tokenizer,
+    read_documents,
+    tokenize,
+)
+from prune_llm.checkpoint import Checkpoint, open_checkpoint
+from prune_llm.demo import stories
+from prune_llm.prune import select_device
+from prune_llm_eval.perplexity import Quality, compare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OnProgress = Callable[[str, int, int], None]
+BUNDLED_STORIES = 400
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to score on and how; ``windows`` None scores the whole text."""
+
+    text: str = BUNDLED
+    separator: str | None = None
+    seq_len: int | None = None
+    windows: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *RUN_DTYPES):
+            choices = ", ".join(("auto", *RUN_DTYPES))
+            raise ValueError(f"dtype {self.dtype!r}: unknown; choose one of {choices}")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise ValueError(f"seq_len {self.seq_len}: must be at least 2, one token predicts one")
+        if self.windows is not None and self.windows < 1:
+            raise ValueError(f"windows {self.windows}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class ModelQuality:
+    """One row: ``zeros`` is the share of exact zeros in the linears of the decoder blocks;
+    ``nbytes`` is the size of the checkpoint's tensors on disk."""
+
+    name: str
+    quality: Quality
+    zeros: float
+    nbytes: int
+
+
+def evaluate(
+    model: str, against: str | None, config: EvalConfig, on_progress: OnProgress
+) -> list[ModelQuality]:
+    """Score ``model`` and, where given, the dense model ``against``; the dense row comes first.
+
+    Raises:
+        ValueError: a model or text that cannot be read, or tokenizers that differ.
+    """
+    return evaluate_all([model] if against is None else [against, model], config, on_progress)
+
+
+def evaluate_all(
+    models: list[str], config: EvalConfig, on_progress: OnProgress
+) -> list[ModelQuality]:
+    """Score several models on one text; the first of several is the dense one."""
+    checkpoints = [open_checkpoint(model) for model in models]
+    windows_ST = _windows(checkpoints[0], config)
+    for model, checkpoint in zip(models[1:], checkpoints[1:], strict=True):
+        if not torch.equal(_windows(checkpoint, config), windows_ST):
+            raise ValueError(
+                f"{models[0]!r} and {model!r} cut the text into different tokens; "
+                "compare models that share a tokenizer"
+            )
+    device = select_device(config.device)
+    loaded = [_load(checkpoint, config.dtype, device) for checkpoint in checkpoints]
+    qualities = compare(
+        loaded,
+        windows_ST,
+        against_first=len(models) > 1,
+        on_window=lambda done, total: on_progress("scoring", done, total),
+    )
+    return [
+        ModelQuality(name, quality, zeros_share(net), checkpoint.nbytes)
+        for name, quality, net, checkpoint in zip(
+            models, qualities, loaded, checkpoints, strict=True
+        )
+    ]
+
+
+def _windows(checkpoint: Checkpoint, config: EvalConfig) -> Tensor:
+    context = checkpoint.config.get("max_position_embeddings")
+    seq_len = config.seq_len or min(2048, context if isinstance(context, int) else 2048)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    ids, _ = tokenize(_documents(config), tokenizer)
+    return cut_windows(ids, seq_len, config.text)[: config.windows]
+
+
+def _documents(config: EvalConfig) -> list[str]:
+    if config.text == BUNDLED and not Path(BUNDLED).is_file():
+        return stories("held_out", BUNDLED_STORIES)
+    return read_documents(config.text, config.separator)
+
+
+def _load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory, dtype="auto" if dtype == "auto" else RUN_DTYPES[dtype]
+    )
+    return model.to(device).eval()
+
+
+def zeros_share(model: PreTrainedModel) -> float:
+    """Share of exact zeros in the linears of the decoder blocks, as the model holds them."""
+    weights = [linear.weight for linear in block_linears(model)]
+    total = sum(weight.numel() for weight in weights)
+    nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    return 1 - nonzero / total if total else 0.0

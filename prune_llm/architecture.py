@@ -1,0 +1,237 @@
+"""What a transformers model is made of, read from the model itself and never from its name:
+decoder blocks, prunable weights, ties, and where each parameter lies on disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A prunable weight: ``name`` in the whole model, ``kind`` inside its block.
+
+    ``transposed``: the module stores [I, O] (GPT-2's Conv1D) instead of [O, I].
+    """
+
+    name: str
+    kind: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def weight(self) -> Tensor:
+        """As the module holds it now: [O, I], or [I, O] when transposed."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def to_OI(self, stored: Tensor) -> Tensor:
+        return stored.T if self.transposed else stored
+
+    def from_OI(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.T if self.transposed else weight_OI
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model on the meta device (buffers real) and what was found in it.
+
+    Attributes:
+        blocks_name: module path of the list of decoder blocks, such as "model.layers".
+        disk_names: name on disk of each parameter and persistent buffer in the model; a tied
+            parameter has it under each of its names.
+        tied: names of parameters that share their storage with another one.
+    """
+
+    model: PreTrainedModel
+    blocks_name: str
+    blocks: nn.ModuleList
+    disk_names: dict[str, str]
+    tied: frozenset[str]
+
+    def block_name(self, index: int) -> str:
+        return f"{self.blocks_name}.{index}"
+
+    def outside_names(self) -> list[str]:
+        """State of the base model outside its blocks (embeddings, final norm): no output head."""
+        prefix = self.blocks_name + "."
+        base = self.model.base_model
+        inside_base = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()}
+        return [
+            name
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if not name.startswith(prefix) and id(tensor) in inside_base
+        ]
+
+    def linears(self, index: int) -> list[Linear]:
+        """Prunable weights of one block, in module order; tied ones are left out."""
+        found = _linears(self.blocks[index], self.block_name(index))
+        return [linear for linear in found if linear.weight_name not in self.tied]
+
+
+def build(directory: Path, tensor_names: Iterable[str]) -> Architecture:
+    """Build the model of a checkpoint without its weights and take it apart.
+
+    Raises:
+        ValueError: not a causal LM that transformers knows, no list of decoder blocks, weights
+            that are missing on disk or stored in a form that needs conversion (fused experts).
+    """
+    model = _skeleton(directory)
+    blocks_name, blocks = _decoder_blocks(model)
+    _refuse_fused_weights(blocks, blocks_name)
+    disk_names = _disk_names(model, list(tensor_names))
+    return Architecture(model, blocks_name, blocks, disk_names, _tied_names(model))
+
+
+def _skeleton(directory: Path) -> PreTrainedModel:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{directory}: transformers cannot build a causal language model from its config.json "
+            f"({reason})"
+        ) from None
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The module list with one entry per hidden layer that holds the most parameters."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__}: has no list of {count} decoder blocks; "
+            "this architecture is not supported"
+        )
+    _, name, blocks = max(found, key=lambda entry: entry[0])
+    return name, blocks
+
+
+def _linears(block: nn.Module, block_name: str) -> list[Linear]:
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        Linear(f"{block_name}.{kind}", kind, module, transposed=isinstance(module, Conv1D))
+        for kind, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+def block_linears(model: PreTrainedModel) -> list[Linear]:
+    """The linears of all decoder blocks of a loaded model."""
+    name, blocks = _decoder_blocks(model)
+    return [
+        linear
+        for index, block in enumerate(blocks)
+        for linear in _linears(block, f"{name}.{index}")
+    ]
+
+
+def _tied_names(model: nn.Module) -> frozenset[str]:
+    """Parameters that appear under more than one name, found by identity."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(parameter) for _, parameter in named)
+    return frozenset(name for name, parameter in named if uses[id(parameter)] > 1)
+
+
+def _refuse_fused_weights(blocks: nn.ModuleList, blocks_name: str) -> None:
+    for name, parameter in blocks.named_parameters():
+        owner = blocks.get_submodule(name.rpartition(".")[0])
+        if parameter.ndim >= 3 and not isinstance(owner, nn.Conv1d):
+            raise ValueError(
+                f"{blocks_name}.{name}: fused experts of shape {tuple(parameter.shape)} are not "
+                "supported yet; this version prunes models whose block weights are linears"
+            )
+
+
+def _disk_names(model: PreTrainedModel, tensor_names: list[str]) -> dict[str, str]:
+    """Match the names on disk with the names in memory, by transformers' own renaming rules."""
+    state = model.state_dict(keep_vars=True)
+    names = {}
+    for disk_name in tensor_names:
+        memory_name = _memory_name(model, disk_name, state)
+        if memory_name in state:
+            names[memory_name] = disk_name
+    stored = {id(state[name]): disk_name for name, disk_name in names.items()}
+    names |= {n: stored[id(t)] for n, t in state.items() if n not in names and id(t) in stored}
+    missing = [name for name, _ in model.named_parameters() if name not in names]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} weights of {type(model).__name__}, "
+            f"first {missing[0]!r}; it is incomplete or stored in a form that needs conversion"
+        )
+    return names
+
+
+def _memory_name(model: PreTrainedModel, disk_name: str, state: dict[str, Any]) -> str:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    if disk_name in state:
+        return disk_name
+    mapping = get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    name, converter = rename_source_key(
+        disk_name, renamings, converters, model.base_model_prefix, state
+    )
+    return disk_name if converter is not None else str(name)
+
+
+def select(linears: list[Linear], ignore: tuple[str, ...]) -> list[Linear]:
+    """Leave out linears whose full name or kind matches one of the shell patterns in ``ignore``."""
+    return [linear for linear in linears if not any(matches(linear, p) for p in ignore)]
+
+
+def matches(linear: Linear, pattern: str) -> bool:
+    return fnmatchcase(linear.name, pattern) or fnmatchcase(linear.kind, pattern)
+
+
+def text_width(model: PreTrainedModel) -> int:
+    """Longest context the model was made for; 2048 when its config does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 2048)
+
+
+def run_dtype(name: str, stored: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype blocks run in: "auto" is what most of the checkpoint is stored in."""
+    if name != "auto":
+        return RUN_DTYPES[name]
+    floating = Counter(dtype for dtype in stored if dtype in RUN_DTYPES.values())
+    if not floating:
+        raise ValueError("the checkpoint holds no float32, bfloat16 or float16 weights to prune")
+    return floating.most_common(1)[0][0]
+
+
+RUN_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}

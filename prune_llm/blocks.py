@@ -1,0 +1,403 @@
+"""Walk a model block by block: load one, see its inputs, let the caller prune it, run it, free it.
+
+Calibration activations flow through the blocks as the caller left them, so every block is
+calibrated on what the pruned model will really feed it. Only one block holds weights at a time.
+Shape letters: S = samples, T = tokens of one sample, D = hidden size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prune_llm.architecture import Architecture, Linear
+from prune_llm.checkpoint import DTYPES, Checkpoint
+from prune_llm.statistics import InputStatistics, Needs
+
+# tokens on which the layer error of methods without a Gram matrix is measured
+ERROR_TOKENS = 2048
+
+Tick = Callable[[int, str], None]
+
+
+class _Captured(Exception):
+    """Raised inside a forward pass when what was wanted has been seen."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls one block: everything but the hidden states, and how it answers."""
+
+    positional: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden_STD: Tensor) -> Any:
+        if self.positional:
+            return block(hidden_STD, *self.args, **self.kwargs)
+        return block(*self.args, hidden_states=hidden_STD, **self.kwargs)
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(True, args[1:], kwargs)
+    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    return kwargs["hidden_states"], Call(False, args, rest)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Linears that read one and the same input tensor, in the order they read it."""
+
+    linears: tuple[Linear, ...]
+
+    @property
+    def name(self) -> str:
+        return ",".join(linear.kind for linear in self.linears)
+
+
+@dataclass
+class Stream:
+    """Hidden states between two blocks, in batches on the CPU, and how to call each block.
+
+    ``calls`` holds one list (an entry per block) for each batch size that occurs.
+    """
+
+    batches: list[Tensor]
+    calls: dict[int, list[Call]] = field(default_factory=dict)
+
+
+class Walk:
+    """Iterate over the decoder blocks of a checkpoint.
+
+    Args:
+        samples_ST: calibration token ids int64 [S, T]; None walks without running anything, for
+            methods that need no data.
+        select: which linears of a block are to be pruned.
+        tick: told after every batch: the block's index and what is being done.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        checkpoint: Checkpoint,
+        samples_ST: Tensor | None,
+        select: Callable[[list[Linear]], list[Linear]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        tick: Tick,
+    ) -> None:
+        self.architecture, self.checkpoint = architecture, checkpoint
+        self.device, self.dtype = device, dtype
+        self._select, self._tick = select, tick
+        self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
+        self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+    def __iter__(self) -> Iterator[Block]:
+        blocks = self.architecture.blocks
+        stream = self._start() if self._batches else None
+        for index in range(len(blocks)):
+            self.load(index)
+            linears = self._select(self.architecture.linears(index))
+            block = Block(self, index, linears, stream)
+            yield block
+            if stream is not None and index + 1 < len(blocks):
+                block.propagate()
+            self.release(index)
+
+    # -- weights in and out ------------------------------------------------------------------
+
+    def load(self, index: int) -> None:
+        """Read the block's parameters and persistent buffers from disk onto the device."""
+        prefix = self.architecture.block_name(index) + "."
+        self._fill([n for n in self.architecture.model.state_dict() if n.startswith(prefix)])
+        for name, parameter in self.architecture.blocks[index].named_parameters():
+            assert not parameter.is_meta, f"{prefix}{name} was not loaded"
+
+    def release(self, index: int) -> None:
+        """Drop the block's weights and give the memory back to the system."""
+        for module in self.architecture.blocks[index].modules():
+            _empty_parameters(module)
+        _trim_heap()
+
+    def _fill(self, names: list[str]) -> None:
+        for name in names:
+            disk_name = self.architecture.disk_names.get(name)
+            if disk_name is None:
+                continue  # a buffer that its module makes itself
+            tensor = self.checkpoint.tensors[disk_name].read()
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            _set_tensor(self.architecture.model, name, tensor.to(self.device, dtype))
+
+    # -- the stream of hidden states ----------------------------------------------------------
+
+    @torch.no_grad()
+    def _start(self) -> Stream:
+        """Run the embeddings on every batch, and record how the model calls its blocks."""
+        outside = self.architecture.outside_names()
+        self._fill(outside)
+        _move_buffers(self.architecture.model, self.device)
+        stream = Stream([self._embed(batch) for batch in self._batches])
+        self.load(0)
+        for batch, hidden_STD in zip(self._batches, stream.batches, strict=True):
+            if len(batch) not in stream.calls:
+                stream.calls[len(batch)] = self._record(batch, hidden_STD)
+        for name in outside:
+            _empty_parameters(self.architecture.model.get_submodule(name.rpartition(".")[0]))
+        _trim_heap()
+        return stream
+
+    def _embed(self, ids_ST: Tensor) -> Tensor:
+        """The input of block 0 [S, T, D] on the CPU."""
+        hidden_STD, _ = self._first_call(ids_ST)
+        return hidden_STD.cpu()
+
+    def _first_call(self, ids_ST: Tensor) -> tuple[Tensor, Call]:
+        seen: list[tuple[Tensor, Call]] = []
+
+        def catch(*args: Any, **kwargs: Any) -> None:
+            seen.append(_split_call(args, kwargs))
+            raise _Captured
+
+        self._run_base(ids_ST, [catch])
+        return seen[0]
+
+    def _record(self, ids_ST: Tensor, hidden_STD: Tensor) -> list[Call]:
+        """How every block is called for a batch of this size, from a run that computes nothing.
+
+        Raises:
+            ValueError: what a block receives beside the hidden states depends on the tokens.
+        """
+        _, first = self._first_call(ids_ST)
+        answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
+        rest = answer[1:] if isinstance(answer, tuple) else None
+        calls = self._pass_through(ids_ST, rest)
+        again = self._pass_through(ids_ST.flip(1), rest)
+        for index, (one, other) in enumerate(zip(calls, again, strict=True)):
+            if not _same(one, other):
+                raise ValueError(
+                    f"{self.architecture.block_name(index)}: is given more than the hidden states "
+                    "of each token; this architecture is not supported"
+                )
+        return calls
+
+    def _pass_through(self, ids_ST: Tensor, rest: tuple[Any, ...] | None) -> list[Call]:
+        calls: list[Call] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            hidden_STD, call = _split_call(args, kwargs)
+            calls.append(call)
+            return hidden_STD if rest is None else (hidden_STD, *rest)
+
+        self._run_base(ids_ST, [note] * len(self.architecture.blocks))
+        return calls
+
+    def _run_base(self, ids_ST: Tensor, forwards: list[Callable[..., Any]]) -> None:
+        """Run the base model with the forward of its first blocks replaced."""
+        blocks = list(self.architecture.blocks)[: len(forwards)]
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        try:
+            self.architecture.model.base_model(input_ids=ids_ST.to(self.device), use_cache=False)
+        except _Captured:
+            pass
+        finally:
+            for block in blocks:
+                del block.forward
+
+    # -- which linears share an input ---------------------------------------------------------
+
+    def sites(self, index: int, linears: list[Linear], run: Callable[[], None]) -> list[Site]:
+        """Group the linears of a block by the tensor they read, found by running it once.
+
+        Blocks with the same linears group alike, so the first of each sort is run.
+
+        Raises:
+            ValueError: a linear reads nothing when the block runs.
+        """
+        kinds = tuple(linear.kind for linear in linears)
+        if kinds not in self._site_names:
+            self._site_names[kinds] = _observe(linears, run)
+        by_kind = {linear.kind: linear for linear in linears}
+        grouped = self._site_names[kinds]
+        silent = set(kinds) - {kind for names in grouped for kind in names}
+        if silent:
+            raise ValueError(
+                f"{self.architecture.block_name(index)}.{min(silent)}: reads no input when the "
+                "model runs, so it cannot be calibrated; leave it dense with --ignore"
+            )
+        return [Site(tuple(by_kind[kind] for kind in names)) for names in grouped]
+
+    def tick(self, index: int, phase: str) -> None:
+        self._tick(index, phase)
+
+
+class Block:
+    """The resident decoder block. Prune it through `collect` and `assign`."""
+
+    def __init__(
+        self, walk: Walk, index: int, linears: list[Linear], stream: Stream | None
+    ) -> None:
+        self.index = index
+        self.name = walk.architecture.block_name(index)
+        self.linears = linears
+        self._walk, self._stream = walk, stream
+        self._module = walk.architecture.blocks[index]
+
+    def weight_OI(self, linear: Linear) -> Tensor:
+        """The dense weight, float32 [O, I] on the device, at the precision it is stored in."""
+        disk_name = self._walk.architecture.disk_names[linear.weight_name]
+        stored = self._walk.checkpoint.tensors[disk_name]
+        same = DTYPES[stored.dtype] == self._walk.dtype
+        weight = linear.weight.detach() if same else stored.read()
+        return linear.to_OI(weight).to(self._walk.device, torch.float32)
+
+    def assign(self, linear: Linear, stored: Tensor) -> None:
+        """Give a linear its pruned weight, in the module's own orientation."""
+        weight = stored.to(self._walk.device, self._walk.dtype)
+        linear.module.weight = nn.Parameter(weight, requires_grad=False)
+
+    @torch.no_grad()
+    def collect(self, needs: Needs) -> dict[Site, InputStatistics | None]:
+        """Statistics of each site over all calibration samples, in one pass."""
+        if self._stream is None:
+            return {Site((linear,)): None for linear in self.linears}
+        sites = self._walk.sites(self.index, self.linears, lambda: self._run(0))
+        statistics = {
+            site: InputStatistics(_width(site), self._walk.device, needs) for site in sites
+        }
+        sample = -(-ERROR_TOKENS // len(self._stream.batches))
+        handles = [
+            site.linears[0].module.register_forward_pre_hook(
+                _updater(statistics[site], sample, stop=site is sites[-1])
+            )
+            for site in sites
+        ]
+        try:
+            for number in range(len(self._stream.batches)):
+                self._run(number)
+                self._walk.tick(self.index, "calibrating")
+        finally:
+            for handle in handles:
+                handle.remove()
+        for site in sites:
+            self._finish(site, statistics[site])
+        return dict(statistics)
+
+    def _finish(self, site: Site, statistics: InputStatistics) -> None:
+        statistics.finish()
+        if not bool(torch.isfinite(statistics.square_sum_I).all()):
+            raise ValueError(
+                f"{self.name}.{site.linears[0].kind}: its calibration inputs are not finite; "
+                "run with --dtype float32 or check the model's weights"
+            )
+
+    @torch.no_grad()
+    def propagate(self) -> None:
+        """Replace the stream by this block's outputs."""
+        assert self._stream is not None
+        for number in range(len(self._stream.batches)):
+            output = self._run(number)
+            hidden_STD = output[0] if isinstance(output, tuple) else output
+            self._stream.batches[number] = hidden_STD.cpu()
+            self._walk.tick(self.index, "running the pruned block")
+
+    def _run(self, number: int) -> Any:
+        assert self._stream is not None
+        hidden_STD = self._stream.batches[number].to(self._walk.device)
+        call = self._stream.calls[len(hidden_STD)][self.index]
+        try:
+            return call.run(self._module, hidden_STD)
+        except _Captured:
+            return None
+
+
+def _width(site: Site) -> int:
+    linear = site.linears[0]
+    return int(linear.to_OI(linear.weight).shape[1])
+
+
+def _updater(statistics: InputStatistics, sample: int, stop: bool) -> Callable[..., None]:
+    """A hook that adds a linear's input; the block's last one ends the pass: nothing follows."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        statistics.update(args[0], sample)
+        if stop:
+            raise _Captured
+
+    return hook
+
+
+def _observe(linears: list[Linear], run: Callable[[], None]) -> list[tuple[str, ...]]:
+    """Run the block and group the kinds of its linears by the identity of what they read."""
+    seen: dict[tuple[Any, ...], list[str]] = {}
+    alive: list[Tensor] = []  # keeps addresses from being used twice
+
+    def watch(kind: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            alive.append(x)
+            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            seen.setdefault(key, []).append(kind)
+
+        return hook
+
+    handles = [linear.module.register_forward_pre_hook(watch(linear.kind)) for linear in linears]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tuple(kinds) for kinds in seen.values()]
+
+
+def _same(one: Call, other: Call) -> bool:
+    for a, b in zip(tree_leaves(one.kwargs), tree_leaves(other.kwargs), strict=True):
+        if isinstance(a, Tensor) and not (a.shape == b.shape and torch.equal(a, b)):
+            return False
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(tree_leaves(one.args), tree_leaves(other.args), strict=True)
+        if isinstance(a, Tensor)
+    )
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _empty_parameters(module: nn.Module) -> None:
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[leaf] = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=False
+            )
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[leaf] = buffer.to(device)
+
+
+def _trim_heap() -> None:
+    """Hand freed memory back: glibc keeps a block's worth otherwise, which doubles the peak."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,167 @@
+"""The `prune-llm` command: parsing, printing, exit codes. One command, one short function."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from prune_llm import __version__
+from prune_llm.cli_tables import print_prune_report, print_quality
+from prune_llm.methods import METHODS
+from prune_llm.prune import FORMATS, Progress, PruneConfig, prune
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
+
+
+class OneLineErrors(click.Group):
+    """Bad input ends in one line on stderr and exit code 2; `--traceback` shows where."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx is not None else "prune-llm"
+            _fail(ctx, f"{error.format_message().rstrip('.')} (see {where} --help)")
+        except (ValueError, OSError) as error:
+            if ctx.params.get("traceback"):
+                raise
+            _fail(ctx, str(error) or type(error).__name__)
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that what is half-written is removed."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _fail(ctx: click.Context, message: str) -> None:
+    errors.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
+    ctx.exit(2)
+
+
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="prune-llm")
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+def main(traceback: bool) -> None:
+    """Make large language models sparse, and serve them faster."""
+
+
+def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
+    """A click option that stands for the PruneConfig field of the same name."""
+    flag = "--" + name.replace("_", "-")
+    return click.option(flag, name, default=DEFAULTS[name], show_default=True, **settings)
+
+
+@main.command("prune")
+@click.argument("model")
+@click.option("-o", "--output", required=True, help="Directory to write; must not exist yet.")
+@_option("method", help=f"Pruning method: {', '.join(METHODS)}.")
+@click.option("--sparsity", help="Share of weights to prune, such as 0.5.  [default: 0.5]")
+@click.option("--pattern", help="N:M (N weights kept of every M inputs) such as 2:4, or a share.")
+@_option("calibration", help="Text, JSONL, dataset NAME[:CONFIG[:SPLIT]] or 'bundled' stories.")
+@_option("separator", help="Line between the documents of a text file.")
+@_option("samples", type=int, help="Calibration samples.")
+@_option("seq_len", type=int, help="Tokens a sample; the model's context, at most 2048.")
+@_option("sampling", help="Which windows of the text: random or first.")
+@_option("seed", type=int, help="Seed of the sampling.")
+@_option("device", help="auto, cpu, cuda or cuda:N.")
+@_option("dtype", help="Dtype of the calibration runs: auto, float32, bfloat16, float16.")
+@_option("damping", type=float, help="Share of the mean diagonal added to the Gram matrix.")
+@_option("column_block", type=int, help="Columns that SparseGPT updates together.")
+@_option("batch_size", type=int, help="Samples run at once; as many as hold 2048 tokens.")
+@click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'.")
+@_option("format", help=f"How weights are stored: {', '.join(FORMATS)}.")
+def prune_command(
+    model: str, output: str, sparsity: str | None, pattern: str | None, **options: Any
+) -> None:
+    """Prune MODEL (a directory or a hub name) block by block and write a checkpoint."""
+    if sparsity is not None and pattern is not None:
+        raise click.UsageError("give --sparsity or --pattern, not both")
+    if sparsity is not None and ":" in sparsity:
+        raise ValueError(f"sparsity {sparsity!r}: must be a share in (0, 1); N:M goes to --pattern")
+    options["pattern"] = sparsity or pattern or DEFAULTS["pattern"]
+    config = PruneConfig(**options)
+    with progress_bar() as show:
+        report = prune(model, config, output, show)
+    print_prune_report(console, report)
+    console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar with the time left; on a pipe it is silent."""
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=errors,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("reading the model", total=None)
+
+        def show(progress: Progress) -> None:
+            text = f"block {progress.block + 1}/{progress.blocks} {progress.phase}"
+            bar.update(task, total=progress.total, completed=progress.done, description=text)
+
+        yield show
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--against", help="The dense model to compare with.")
+@click.option("--text", default="bundled", show_default=True, help="Text, JSONL or dataset.")
+@click.option("--separator", help="Line between the documents of a text file.")
+@click.option("--seq-len", type=int, help="Window in tokens; the model's context, at most 2048.")
+@click.option("--windows", type=int, help="Score only the first so many windows.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, ...")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
+def eval_command(model: str, against: str | None, json_file: str | None, **options: Any) -> None:
+    """Token perplexity of MODEL on a text, and its KL to the dense model."""
+    from prune_llm_eval.compare import EvalConfig, evaluate
+
+    with eval_bar() as show:
+        rows = evaluate(model, against, EvalConfig(**options), show)
+    print_quality(console, rows)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+@contextmanager
+def eval_bar() -> Iterator[Callable[[str, int, int], None]]:
+    with Bar(console=errors, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda what, done, total: bar.update(
+            task, total=total, completed=done, description=what
+        )
+
+
+@main.command("demo")
+@click.option("-o", "--output", default="out/demo", show_default=True, help="Working directory.")
+def demo_command(output: str) -> None:
+    """Prune, verify and measure the bundled model with every method; about two minutes."""
+    from prune_llm.cli_demo import run_demo
+
+    run_demo(console, Path(output))
+
+
+if __name__ == "__main__":
+    main()

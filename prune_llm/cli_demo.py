@@ -1,0 +1,85 @@
+"""`prune-llm demo`: the whole job on the bundled model, with every method."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from prune_llm.cli_tables import print_prune_report, print_quality, size
+from prune_llm.demo import model_path
+from prune_llm.methods import METHODS
+from prune_llm.prune import PruneConfig, prune
+
+SPARSITY = "0.5"
+PROMPT_SEED = 1
+STORY_TOKENS = 160
+
+
+def run_demo(console: Console, output: Path) -> None:
+    """Prune with the three methods, verify, compare on held-out stories, tell a story each."""
+    from prune_llm.cli import eval_bar
+    from prune_llm_eval.compare import EvalConfig, evaluate_all
+
+    dense = model_path()
+    console.rule(f"pruning the bundled model to {SPARSITY} sparsity")
+    models = [dense]
+    for method in METHODS:
+        models.append(_prune(console, dense, output / method, method))
+    console.rule("what it cost, on held-out stories")
+    with eval_bar() as show:
+        rows = evaluate_all([str(model) for model in models], EvalConfig(windows=100), show)
+    print_quality(console, rows)
+    console.rule("the same beginning, continued")
+    for model in (dense, models[-1]):
+        console.print(f"[bold]{'dense' if model == dense else model.name}[/]: {tell(model)}\n")
+    _next_steps(console, dense, models[-1])
+
+
+def _prune(console: Console, dense: Path, output: Path, method: str) -> Path:
+    from prune_llm.cli import progress_bar
+
+    if output.is_dir():
+        _check_ours(output)
+        shutil.rmtree(output)
+    with progress_bar() as show:
+        report = prune(dense, PruneConfig(method=method, pattern=SPARSITY), output, show)
+    print_prune_report(console, report)
+    return output
+
+
+def _check_ours(directory: Path) -> None:
+    """The demo replaces its own earlier results and nothing else."""
+    if not (directory / "prune_report.json").is_file():
+        raise ValueError(f"output {str(directory)!r}: exists and is not a pruned model; remove it")
+
+
+def tell(model: Path) -> str:
+    """Continue the first words of a held-out story greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from prune_llm.demo import stories
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model).eval()
+    beginning = " ".join(stories("held_out", 1, PROMPT_SEED)[0].split()[:12])
+    ids = tokenizer(beginning, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        told = network.generate(ids, max_new_tokens=STORY_TOKENS, do_sample=False)
+    return str(tokenizer.decode(told[0], skip_special_tokens=True)).strip()
+
+
+def _next_steps(console: Console, dense: Path, pruned: Path) -> None:
+    weights = size((dense / "model.safetensors").stat().st_size)
+    console.rule("what to try next")
+    console.print(
+        f"The bundled model ({weights}) is [bold]{dense}[/]. For a model of your own:\n"
+        f"  prune-llm prune MODEL -o OUT --method {pruned.name} --sparsity 0.5 "
+        "--calibration your_text.txt\n"
+        "  prune-llm eval OUT --against MODEL --text other_text.txt\n"
+        "  prune-llm prune MODEL -o OUT --pattern 2:4      # hardware-friendly groups\n"
+        "  prune-llm prune --help",
+        soft_wrap=True,
+    )

@@ -1,0 +1,102 @@
+"""Tables that the commands print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prune_llm.report import KindResult, PruneReport
+
+if TYPE_CHECKING:
+    from prune_llm_eval.compare import ModelQuality
+
+KIND_COLUMNS = ("linears", "n", "asked", "achieved", "error", "solving", "before", "after")
+
+
+QUALITY_COLUMNS = ("model", "token_ppl", "nats/token", "KL", "flipped", "zeros", "on disk")
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    """Left-aligned names, right-aligned numbers, narrow enough for 80 columns."""
+    table = Table(
+        title=title, title_justify="left", padding=(0, 1, 0, 0), box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column(columns[0], overflow="fold", min_width=16)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def print_prune_report(console: Console, report: PruneReport) -> None:
+    """Per kind of linear and in total, then what happened and what to know about it."""
+    table = _table(f"{report.config['method']} {report.config['pattern']}", KIND_COLUMNS)
+    for kind in report.kinds():
+        table.add_row(*_kind_cells(kind))
+    table.add_section()
+    table.add_row(*_kind_cells(report.total()))
+    console.print(table)
+    console.print(
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} on disk, "
+        f"{report.seconds:.1f} s in all, "
+        + ", ".join(f"peak {k} memory {size(v)}" for k, v in report.peak_memory.items())
+    )
+    checked = report.verification
+    console.print(
+        f"[green]verified[/]: {checked['linears_checked']} linears read back (counts, pattern, "
+        f"finite), {checked['tensors_identical']} other tensors byte-identical"
+    )
+    if report.config["format"] == "dense":
+        console.print("zeros are stored as zeros (format dense), so the file keeps its size")
+    for warning in report.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    console.print(f"wrote [bold]{report.output}[/]", soft_wrap=True)
+
+
+def _kind_cells(kind: KindResult) -> list[str]:
+    return [
+        kind.kind,
+        str(kind.count),
+        f"{kind.requested:.2%}",
+        f"{kind.achieved:.2%}",
+        "-" if kind.error is None else f"{kind.error:.4f}",
+        f"{kind.seconds:.2f} s",
+        size(kind.bytes_before),
+        size(kind.bytes_after),
+    ]
+
+
+def print_quality(console: Console, rows: list[ModelQuality]) -> None:
+    first = rows[0].quality
+    table = _table(
+        f"{first.tokens} predicted tokens in {first.windows} windows of {first.seq_len}",
+        QUALITY_COLUMNS,
+    )
+    for row in rows:
+        table.add_row(*_quality_cells(row))
+    console.print(table)
+
+
+def _quality_cells(row: ModelQuality) -> list[str]:
+    quality = row.quality
+    return [
+        row.name,
+        f"{quality.token_ppl:.4f}",
+        f"{quality.nll:.3f}±{quality.nll_stderr:.3f}",
+        "-" if quality.kl is None else f"{quality.kl:.4f}",
+        "-" if quality.flips is None else f"{quality.flips:.2%}",
+        f"{row.zeros:.2%}",
+        size(row.nbytes),
+    ]
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: 1 kB = 1000 bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5 or unit == "GB":
+            digits = 0 if unit == "B" or nbytes >= 99.95 else 1 if nbytes >= 9.995 else 2
+            return f"{nbytes:.{digits}f} {unit}"
+        nbytes /= 1000
+    raise AssertionError

@@ -1,0 +1,179 @@
+"""Sparsity patterns and the exact-count keep-masks that satisfy them. Pure tensor code.
+
+Shape letters: O = output features, I = input features, R = rows, W = width of a row.
+
+Selection is by rank, never by comparing with a threshold, so ties cannot change a count.
+Tie rule: of equal scores the one with the lower index (further left, then further up) is
+pruned first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["row", "matrix"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which weights may survive: a fraction of all, or N *kept* of every M consecutive inputs.
+
+    N:M has the papers' and NVIDIA's meaning (weights kept); the SparseGPT and Wanda code bases
+    count the weights pruned. ``n`` and ``m`` are both set or both None.
+    """
+
+    sparsity: float
+    n: int | None = None
+    m: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "0.5" (sparsity) or "2:4" (kept:group). Raises ValueError for anything else."""
+        kept, colon, group = text.partition(":")
+        if not colon:
+            return cls(sparsity=_parse_sparsity(text))
+        try:
+            n, m = int(kept), int(group)
+        except ValueError:
+            raise ValueError(_pattern_error(text, "N and M must be whole numbers")) from None
+        if not 0 < n < m:
+            raise ValueError(
+                _pattern_error(text, "N weights are kept of every M, so 0 < N < M must hold")
+            )
+        return cls(sparsity=1 - n / m, n=n, m=m)
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:g}" if self.m is None else f"{self.n}:{self.m}"
+
+
+def _pattern_error(text: str, rule: str) -> str:
+    return f"pattern {text!r}: {rule}; write for example 0.5 (half pruned) or 2:4 (2 kept of 4)"
+
+
+def _parse_sparsity(text: str) -> float:
+    try:
+        sparsity = float(text)
+    except ValueError:
+        raise ValueError(
+            _pattern_error(text, "neither a sparsity nor N:M (N weights kept of every M)")
+        ) from None
+    if not 0 <= sparsity < 1:
+        raise ValueError(_pattern_error(text, "sparsity must be in [0, 1)"))
+    return sparsity
+
+
+def pruned_per_row(shape_OI: tuple[int, int], pattern: Pattern) -> list[int]:
+    """How many weights each of the O rows loses.
+
+    Unstructured: round(O * I * sparsity) in all, spread so that rows differ by at most one.
+    N:M: each full group of M loses M - N; a last group of t < M inputs keeps ceil(N * t / M),
+    so that it never holds more than its share and is never emptied.
+    """
+    rows, width = shape_OI
+    if pattern.m is None or pattern.n is None:
+        return spread(round(rows * width * pattern.sparsity), rows)
+    groups, tail = divmod(width, pattern.m)
+    return [groups * (pattern.m - pattern.n) + tail - tail_kept(tail, pattern)] * rows
+
+
+def tail_kept(tail: int, pattern: Pattern) -> int:
+    """Weights kept in a last group of ``tail`` < M inputs: ceil(N * tail / M)."""
+    assert pattern.n is not None and pattern.m is not None
+    return -(-pattern.n * tail // pattern.m)
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """Cut ``total`` into ``parts`` whole numbers that differ by at most one and add up exactly."""
+    return [(i + 1) * total // parts - i * total // parts for i in range(parts)]
+
+
+def keep_mask(scores_OI: Tensor, pattern: Pattern, scope: Scope = "row") -> Tensor:
+    """Keep the highest scores, exactly as many as `pattern` allows.
+
+    Args:
+        scores_OI: importance of each weight, larger is more important; no NaN.
+        pattern: unstructured or N:M (groups of M consecutive inputs of one row).
+        scope: what an unstructured pattern compares: weights of one output row (Wanda) or of the
+            whole matrix (magnitude). N:M always compares inside its groups.
+
+    Returns:
+        bool [O, I]; True where the weight survives.
+    """
+    if pattern.m is not None:
+        return ~_lowest_of_groups(scores_OI, pattern)
+    if scope == "matrix":
+        count = round(scores_OI.numel() * pattern.sparsity)
+        return ~lowest(scores_OI.reshape(1, -1), count).reshape(scores_OI.shape)
+    pruned = torch.tensor(pruned_per_row((scores_OI.shape[0], scores_OI.shape[1]), pattern))
+    keep_OI = torch.ones_like(scores_OI, dtype=torch.bool)
+    for count in pruned.unique().tolist():  # at most two different counts
+        rows = (pruned == count).nonzero().flatten().to(scores_OI.device)
+        keep_OI[rows] = ~lowest(scores_OI[rows], count)
+    return keep_OI
+
+
+def lowest(scores_RW: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` lowest scores of each row; of equal ones the leftmost. bool [R, W]."""
+    if count == 0 or scores_RW.numel() == 0:
+        return torch.zeros_like(scores_RW, dtype=torch.bool)
+    border_R1 = scores_RW.kthvalue(count, dim=1, keepdim=True).values
+    marked_RW = scores_RW < border_R1
+    ties_RW = scores_RW == border_R1
+    missing_R = count - marked_RW.sum(dim=1)
+    crowded_R = ties_RW.sum(dim=1) > missing_R
+    marked_RW[~crowded_R] |= ties_RW[~crowded_R]
+    if crowded_R.any():  # more ties than places left: only the leftmost
+        order_RW = ties_RW[crowded_R].cumsum(dim=1, dtype=torch.int32)
+        marked_RW[crowded_R] |= ties_RW[crowded_R] & (order_RW <= missing_R[crowded_R, None])
+    return marked_RW
+
+
+def _lowest_of_groups(scores_OI: Tensor, pattern: Pattern) -> Tensor:
+    """Mark what N:M prunes, tail group included (see `pruned_per_row`). bool [O, I]."""
+    assert pattern.n is not None and pattern.m is not None
+    rows, width = scores_OI.shape
+    full = width - width % pattern.m
+    groups = scores_OI[:, :full].reshape(-1, pattern.m)
+    marked = lowest_small(groups, pattern.m - pattern.n).reshape(rows, full)
+    if full == width:
+        return marked
+    tail = width - full
+    tail_marked = lowest_small(scores_OI[:, full:], tail - tail_kept(tail, pattern))
+    return torch.cat([marked, tail_marked], dim=1)
+
+
+def lowest_small(scores_RW: Tensor, count: int) -> Tensor:
+    """`lowest` for narrow rows, by a stable sort: many rows of a few scores each. bool [R, W]."""
+    order = scores_RW.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros_like(scores_RW, dtype=torch.bool).scatter_(1, order, True)
+
+
+def check_keep_mask(keep_OI: Tensor, pattern: Pattern, scope: Scope = "row") -> str | None:
+    """Say what is wrong with a keep-mask, or None when its counts satisfy `pattern` exactly."""
+    rows, width = keep_OI.shape
+    pruned_R = pruned_per_row((rows, width), pattern)
+    total = keep_OI.numel() - int(keep_OI.sum())
+    if total != sum(pruned_R):
+        return f"{total} weights pruned, {sum(pruned_R)} requested"
+    if pattern.m is not None and pattern.n is not None:
+        return _check_groups(keep_OI, pattern)
+    if scope == "row" and (~keep_OI).sum(dim=1).tolist() != pruned_R:
+        return "the rows do not lose equally many weights"
+    return None
+
+
+def _check_groups(keep_OI: Tensor, pattern: Pattern) -> str | None:
+    assert pattern.n is not None and pattern.m is not None
+    width = keep_OI.shape[1]
+    full = width - width % pattern.m
+    kept = keep_OI[:, :full].reshape(-1, pattern.m).sum(dim=1)
+    if full and not bool((kept == pattern.n).all()):
+        return f"a group of {pattern.m} inputs does not keep {pattern.n} weights"
+    tail = width - full
+    if tail and not bool((keep_OI[:, full:].sum(dim=1) == tail_kept(tail, pattern)).all()):
+        return f"the last group of {tail} inputs does not keep {tail_kept(tail, pattern)} weights"
+    return None

@@ -1,0 +1,16 @@
+"""The pruning methods: one file per algorithm, all listed here."""
+
+from __future__ import annotations
+
+from prune_llm.methods.magnitude import Magnitude
+from prune_llm.methods.problem import Method as Method
+from prune_llm.methods.problem import Problem as Problem
+from prune_llm.methods.problem import Solution as Solution
+from prune_llm.methods.sparsegpt import SparseGPT
+from prune_llm.methods.wanda import Wanda
+
+METHODS: dict[str, Method] = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "sparsegpt": SparseGPT(),
+}

@@ -1,0 +1,394 @@
+"""Prune a checkpoint in one shot, block by block: the configuration, the loop."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prune_llm import architecture as arch
+from prune_llm.blocks import Block, Walk
+from prune_llm.calibration import (
+    BUNDLED,
+    Calibration,
+    Sampling,
+    Source,
+    load_calibration,
+    load_tokenizer,
+)
+from prune_llm.checkpoint import (
+    DTYPES,
+    REPORT_FILE,
+    Checkpoint,
+    Staging,
+    StoredTensor,
+    companions,
+    open_checkpoint,
+    save_part,
+    write_shards,
+)
+from prune_llm.masks import Pattern
+from prune_llm.methods import METHODS, Problem, Solution
+from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
+from prune_llm.statistics import InputStatistics, Needs, disable_tf32
+from prune_llm.verification import verify
+
+FORMATS = ("dense",)
+BATCH_TOKENS = 2048
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Everything that decides the result; saved with it.
+
+    Attributes:
+        method: a key of ``METHODS``.
+        pattern: "0.5" (sparsity of every linear) or "2:4" (2 kept of every 4 inputs).
+        calibration: text or JSONL file, "bundled" stories, or a `datasets` name
+            NAME[:CONFIG[:SPLIT]]. None: bundled where the method needs data, else no data at all.
+        separator: line between the documents of a text file; None: one document.
+        samples: calibration windows; seq_len: tokens in each (None: the model's context, at most
+            2048); sampling: "random" windows by ``seed``, or the "first" ones.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+        dtype: what blocks run in while calibrating: "auto" (as stored), "float32", "bfloat16",
+            "float16". The dtype on disk never changes.
+        damping: fraction of the mean diagonal added to the Gram matrix (SparseGPT).
+        column_block: columns SparseGPT updates together.
+        batch_size: samples run at once; None: as many as hold 2048 tokens.
+        ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
+        format: how weights are stored: one of ``FORMATS``.
+    """
+
+    method: str = "sparsegpt"
+    pattern: str = "0.5"
+    calibration: str | None = None
+    separator: str | None = None
+    samples: int = 128
+    seq_len: int | None = None
+    sampling: Sampling = "random"
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    damping: float = 0.01
+    column_block: int = 128
+    batch_size: int | None = None
+    ignore: tuple[str, ...] = ()
+    format: str = "dense"
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, tuple(METHODS))
+        _check_choice("format", self.format, FORMATS)
+        _check_choice("dtype", self.dtype, ("auto", *arch.RUN_DTYPES))
+        _check_choice("sampling", self.sampling, ("random", "first"))
+        _check_choice("device", self.device.partition(":")[0], DEVICES)
+        if Pattern.parse(self.pattern).sparsity == 0:
+            raise ValueError(f"pattern {self.pattern!r}: prunes nothing; give a sparsity above 0")
+        for name in ("samples", "seq_len", "column_block", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+        if not (math.isfinite(self.damping) and 0 <= self.damping <= 10):
+            raise ValueError(f"damping {self.damping}: must be in [0, 10]; 0.01 is usual")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: unknown; choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` batches; ``block`` (from 0) of ``blocks`` and what is done to it."""
+
+    done: int
+    total: int
+    block: int
+    blocks: int
+    phase: str
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def prune(
+    model: str | os.PathLike[str],
+    config: PruneConfig | None = None,
+    output: str | os.PathLike[str] = "pruned",
+    on_progress: OnProgress | None = None,
+) -> PruneReport:
+    """Prune ``model`` (directory or hub name) and write the checkpoint ``output``.
+
+    One decoder block is in memory at a time. The output appears when it is complete and verified;
+    on any error nothing is left behind.
+
+    Raises:
+        ValueError: a bad option, model, calibration text or output; the message names the fix.
+    """
+    config = config or PruneConfig()
+    started = time.perf_counter()
+    device = select_device(config.device)
+    with Staging(Path(output)) as staging, disable_tf32():
+        job = _Job.open(model, config, device, on_progress)
+        for block in job.walk():
+            _prune_block(job, block, staging.directory)
+        _write(job, staging.directory)
+        report = job.report(output=str(output), seconds=time.perf_counter() - started)
+        report.verification = verify(staging.directory, job.checkpoint, report.linears)
+        report.seconds = time.perf_counter() - started
+        report.save(staging.directory / REPORT_FILE)
+        staging.publish()
+    return report
+
+
+def select_device(name: str) -> torch.device:
+    """The torch device of "auto", "cpu", "cuda" or "cuda:1"; ValueError where it is absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (torch.device(name).index or 0) >= count:
+            raise ValueError(
+                f"device {name!r}: this machine has {count} CUDA devices that torch can use; "
+                "give --device cpu"
+            )
+    return torch.device(name)
+
+
+@dataclass
+class _Job:
+    """What one run holds: its inputs, and what has been pruned so far."""
+
+    config: PruneConfig
+    checkpoint: Checkpoint
+    architecture: arch.Architecture
+    calibration: Calibration | None
+    device: torch.device
+    dtype: torch.dtype
+    on_progress: OnProgress | None
+    linears: list[LinearResult] = field(default_factory=list)
+    parts: dict[str, StoredTensor] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    done: int = 0
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str],
+        config: PruneConfig,
+        device: torch.device,
+        on_progress: OnProgress | None,
+    ) -> _Job:
+        checkpoint = open_checkpoint(model)
+        architecture = arch.build(checkpoint.directory, checkpoint.tensors)
+        stored = [DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values()]
+        dtype = arch.run_dtype(config.dtype, stored)
+        _check_ignore(architecture, config.ignore)
+        calibration = _calibration(config, checkpoint, architecture)
+        job = cls(config, checkpoint, architecture, calibration, device, dtype, on_progress)
+        job.warnings += _calibration_warnings(config, calibration)
+        return job
+
+    def walk(self) -> Walk:
+        samples_ST = self.calibration.samples_ST if self.calibration is not None else None
+        batch = 1 if samples_ST is None else max(1, BATCH_TOKENS // samples_ST.shape[1])
+        return Walk(
+            self.architecture,
+            self.checkpoint,
+            samples_ST,
+            lambda linears: arch.select(linears, self.config.ignore),
+            device=self.device,
+            dtype=self.dtype,
+            batch_size=self.config.batch_size or batch,
+            tick=self.tick,
+        )
+
+    def tick(self, block: int, phase: str) -> None:
+        self.done += 1
+        if self.on_progress is not None:
+            blocks = len(self.architecture.blocks)
+            self.on_progress(Progress(self.done, self._ticks(), block, blocks, phase))
+
+    def _ticks(self) -> int:
+        """Batches run over the whole job: calibrate and propagate each block, but not the last."""
+        blocks = len(self.architecture.blocks)
+        if self.calibration is None:
+            return blocks
+        samples, seq_len = self.calibration.samples_ST.shape
+        size = self.config.batch_size or max(1, BATCH_TOKENS // seq_len)
+        return blocks + (2 * blocks - 1) * -(-samples // size)
+
+    def report(self, output: str, seconds: float) -> PruneReport:
+        if not self.linears:
+            raise ValueError(
+                "nothing was pruned: every linear of every block is ignored "
+                f"({', '.join(self.config.ignore)}) or tied"
+            )
+        return PruneReport(
+            model=str(self.checkpoint.directory),
+            output=output,
+            config=asdict(self.config),
+            model_sha256=self.checkpoint.sha256(),
+            calibration=_describe(self.calibration),
+            environment=environment(self.device, self.dtype),
+            linears=self.linears,
+            bytes_before=self.checkpoint.nbytes,
+            bytes_after=sum(self.parts[n].nbytes for n in self.parts)
+            + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in self.parts),
+            seconds=seconds,
+            peak_memory=peak_memory(self.device),
+            warnings=self.warnings,
+        )
+
+
+def _check_ignore(architecture: arch.Architecture, ignore: tuple[str, ...]) -> None:
+    linears = [
+        linear
+        for index in range(len(architecture.blocks))
+        for linear in architecture.linears(index)
+    ]
+    for pattern in ignore:
+        if not any(arch.matches(linear, pattern) for linear in linears):
+            raise ValueError(
+                f"ignore {pattern!r}: matches no linear; their names look like "
+                f"{linears[0].name if linears else '(none)'}"
+            )
+
+
+def _calibration(
+    config: PruneConfig, checkpoint: Checkpoint, architecture: arch.Architecture
+) -> Calibration | None:
+    if config.calibration is None and METHODS[config.method].needs == Needs.NOTHING:
+        return None
+    source = Source(
+        name=config.calibration or BUNDLED,
+        separator=config.separator,
+        samples=config.samples,
+        seq_len=config.seq_len or min(2048, arch.text_width(architecture.model)),
+        seed=config.seed,
+        sampling=config.sampling,
+    )
+    calibration = load_calibration(source, load_tokenizer(checkpoint.directory))
+    vocabulary = architecture.model.get_input_embeddings().weight.shape[0]
+    highest = int(calibration.samples_ST.max())
+    if highest >= vocabulary:
+        raise ValueError(
+            f"{checkpoint.directory}: its tokenizer made token {highest}, its embedding has "
+            f"{vocabulary} rows; the tokenizer belongs to another model"
+        )
+    return calibration
+
+
+def _calibration_warnings(config: PruneConfig, calibration: Calibration | None) -> list[str]:
+    if calibration is None:
+        return []
+    warnings = []
+    samples = len(calibration.samples_ST)
+    if samples < config.samples:
+        warnings.append(
+            f"calibration text {calibration.source!r} gives {samples} samples of "
+            f"{calibration.samples_ST.shape[1]} tokens, {config.samples} were asked for"
+        )
+    return warnings
+
+
+def _describe(calibration: Calibration | None) -> dict[str, object] | None:
+    if calibration is None:
+        return None
+    samples, seq_len = calibration.samples_ST.shape
+    return {
+        "source": calibration.source,
+        "documents": calibration.documents,
+        "tokens_available": calibration.tokens_available,
+        "samples": samples,
+        "seq_len": seq_len,
+        "sha256": calibration.sha256,
+    }
+
+
+def _prune_block(job: _Job, block: Block, directory: Path) -> None:
+    """Calibrate, solve site by site, and put the block's weights on disk."""
+    method = METHODS[job.config.method]
+    pattern = Pattern.parse(job.config.pattern)
+    tensors: dict[str, Tensor] = {}
+    collected = block.collect(method.needs)
+    for site in list(collected):
+        statistics = collected.pop(site)  # the Gram matrix is freed with its site
+        _warn_rank(job, f"{block.name}.{site.name}", statistics, method.needs)
+        started = time.perf_counter()
+        weights = tuple(block.weight_OI(linear) for linear in site.linears)
+        patterns = (pattern,) * len(weights)
+        problem = Problem(
+            weights, patterns, statistics, job.config.damping, job.config.column_block
+        )
+        _check_finite(site.linears, weights)
+        solutions = method.solve(problem)
+        share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
+        for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
+            disk_name = job.architecture.disk_names[linear.weight_name]
+            stored = _stored(job, linear, disk_name, solution)
+            block.assign(linear, stored)
+            tensors[disk_name] = stored.cpu()
+            error = statistics.relative_error(weight_OI, solution.weight_OI) if statistics else None
+            job.linears.append(
+                LinearResult.of(
+                    linear,
+                    disk_name,
+                    block.index,
+                    pattern,
+                    solution,
+                    stored,
+                    error=error,
+                    seconds=share * weight_OI.numel(),
+                )
+            )
+            job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
+    if tensors:
+        job.parts |= save_part(directory / f"block-{block.index:05d}.part", tensors)
+    job.tick(block.index, "pruned")
+
+
+def _warn_rank(job: _Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
+    if statistics is None or needs < Needs.GRAM:
+        return
+    width = len(statistics.square_sum_I)
+    if statistics.tokens < width:
+        job.warnings.append(
+            f"{name}: {statistics.tokens} calibration tokens for {width} input features, so the "
+            "Gram matrix is rank-deficient and only damping makes it solvable; give more samples"
+        )
+
+
+def _check_finite(linears: tuple[arch.Linear, ...], weights: tuple[Tensor, ...]) -> None:
+    for linear, weight_OI in zip(linears, weights, strict=True):
+        if not bool(torch.isfinite(weight_OI).all()):
+            raise ValueError(f"{linear.weight_name}: holds NaN or infinite weights")
+
+
+def _stored(job: _Job, linear: arch.Linear, disk_name: str, solution: Solution) -> Tensor:
+    """The pruned weight as it goes to disk: original dtype and orientation, no -0.0."""
+    dtype = DTYPES[job.checkpoint.tensors[disk_name].dtype]
+    stored = linear.from_OI(solution.weight_OI).to(dtype).contiguous()
+    stored = stored + 0.0  # -0.0 + 0.0 is +0.0
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(f"{linear.weight_name}: its updated weights overflow {dtype}")
+    return stored
+
+
+def _write(job: _Job, directory: Path) -> None:
+    """Collect pruned and untouched tensors into shards, and copy what travels with them."""
+    write_shards(
+        directory,
+        [job.parts.get(name, tensor) for name, tensor in job.checkpoint.tensors.items()],
+    )
+    for part in directory.glob("block-*.part"):
+        part.unlink()
+    for file in companions(job.checkpoint.directory):
+        shutil.copyfile(file, directory / file.name)

@@ -1,0 +1,183 @@
+"""What a pruning run did, per linear and in all; saved as prune_report.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_llm.architecture import Linear
+from prune_llm.masks import Pattern
+from prune_llm.methods import Solution
+from prune_llm.statistics import LayerError
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """One pruned linear.
+
+    Attributes:
+        name: module path; tensor: name on disk; kind: path inside its block.
+        requested, achieved: sparsity as fractions; achieved counts the masked weights.
+        weights: how many there are; kept: how many the mask keeps; nonzero: how many differ from
+            zero on disk (a kept weight may be zero itself).
+        error: relative squared error of the output on the calibration tokens
+            ||(W - W') X||^2 / ||W X||^2, measured on ``error_tokens``; None without data.
+        seconds: share of its site's solving time, by size.
+    """
+
+    name: str
+    tensor: str
+    kind: str
+    block: int
+    shape: tuple[int, ...]
+    transposed: bool
+    pattern: str
+    requested: float
+    achieved: float
+    weights: int
+    kept: int
+    nonzero: int
+    error: float | None
+    error_tokens: int
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+
+    @classmethod
+    def of(
+        cls,
+        linear: Linear,
+        tensor: str,
+        block: int,
+        pattern: Pattern,
+        solution: Solution,
+        stored: Tensor,
+        *,
+        error: LayerError | None,
+        seconds: float,
+    ) -> LinearResult:
+        weights, kept = stored.numel(), int(solution.keep_OI.sum())
+        return cls(
+            name=linear.name,
+            tensor=tensor,
+            kind=linear.kind,
+            block=block,
+            shape=tuple(stored.shape),
+            transposed=linear.transposed,
+            pattern=str(pattern),
+            requested=pattern.sparsity,
+            achieved=1 - kept / weights,
+            weights=weights,
+            kept=kept,
+            nonzero=int(torch.count_nonzero(stored)),
+            error=None if error is None else error.value,
+            error_tokens=0 if error is None else error.tokens,
+            seconds=seconds,
+            bytes_before=stored.nbytes,
+            bytes_after=stored.nbytes,
+        )
+
+
+@dataclass
+class PruneReport:
+    """The whole run. ``peak_memory``: bytes, of the process and of the GPU."""
+
+    model: str
+    output: str
+    config: dict[str, Any]
+    model_sha256: str
+    calibration: dict[str, object] | None
+    environment: dict[str, str]
+    linears: list[LinearResult]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    peak_memory: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+    verification: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved over all pruned linears, weighted by their size."""
+        return 1 - sum(r.kept for r in self.linears) / sum(r.weights for r in self.linears)
+
+    def kinds(self) -> list[KindResult]:
+        names = dict.fromkeys(result.kind for result in self.linears)
+        return [KindResult.of(name, [r for r in self.linears if r.kind == name]) for name in names]
+
+    def total(self) -> KindResult:
+        return KindResult.of("total", self.linears)
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """Linears of one kind over all blocks; ``error`` is their mean."""
+
+    kind: str
+    count: int
+    requested: float
+    achieved: float
+    error: float | None
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+
+    @classmethod
+    def of(cls, kind: str, results: list[LinearResult]) -> KindResult:
+        weights = sum(result.weights for result in results)
+        errors = [result.error for result in results if result.error is not None]
+        return cls(
+            kind=kind,
+            count=len(results),
+            requested=sum(result.requested * result.weights for result in results) / weights,
+            achieved=1 - sum(result.kept for result in results) / weights,
+            error=sum(errors) / len(errors) if errors else None,
+            seconds=sum(result.seconds for result in results),
+            bytes_before=sum(result.bytes_before for result in results),
+            bytes_after=sum(result.bytes_after for result in results),
+        )
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Versions and hardware that a number depends on."""
+    packages = ("prune-llm", "torch", "transformers", "safetensors", "tokenizers")
+    return {
+        **{name: _version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "not installed"
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown CPU"
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Highest resident memory of this process so far, and on the GPU, in bytes."""
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        peak["gpu"] = torch.cuda.max_memory_allocated(device)
+    return peak

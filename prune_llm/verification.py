@@ -1,0 +1,88 @@
+"""Read a written checkpoint back and hold it to what was promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prune_llm.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from prune_llm.masks import Pattern, pruned_per_row
+from prune_llm.report import LinearResult
+
+
+class VerificationError(RuntimeError):
+    """The written checkpoint is not what was computed: a bug or a broken disk, not bad input."""
+
+
+def verify(directory: Path, source: Checkpoint, results: list[LinearResult]) -> dict[str, int]:
+    """Check every tensor of a dense-format checkpoint against its source and the results.
+
+    Pruned linears: pattern and count, all finite, no -0.0, dtype and shape. All others: the
+    source's bytes. Names: exactly the source's. Returns how many of each were checked.
+
+    Raises:
+        VerificationError: naming the first tensor that fails.
+    """
+    written = open_checkpoint(directory)
+    if written.tensors.keys() != source.tensors.keys():
+        different = sorted(written.tensors.keys() ^ source.tensors.keys())
+        raise VerificationError(f"tensor names differ from the source, first {different[0]!r}")
+    pruned = {result.tensor: result for result in results}
+    for name, tensor in written.tensors.items():
+        original = source.tensors[name]
+        if (tensor.dtype, tensor.shape) != (original.dtype, original.shape):
+            raise VerificationError(f"{name}: dtype or shape changed")
+        if name in pruned:
+            _check_pruned(tensor.read(), pruned[name])
+        elif not _same_bytes(tensor, original):
+            raise VerificationError(f"{name}: was to be left alone and its bytes changed")
+    return {
+        "linears_checked": len(pruned),
+        "tensors_identical": len(written.tensors) - len(pruned),
+    }
+
+
+def _check_pruned(stored: Tensor, result: LinearResult) -> None:
+    weight_OI = stored.T if result.transposed else stored
+    zero_OI = weight_OI == 0
+    if not bool(torch.isfinite(weight_OI).all()):
+        raise VerificationError(f"{result.tensor}: holds NaN or infinite weights")
+    if bool((zero_OI & torch.signbit(weight_OI)).any()):
+        raise VerificationError(f"{result.tensor}: holds -0.0")
+    if weight_OI.numel() - int(zero_OI.sum()) != result.nonzero:
+        raise VerificationError(f"{result.tensor}: its count of non-zero weights changed on disk")
+    problem = pattern_violation(zero_OI, Pattern.parse(result.pattern))
+    if problem is not None:
+        raise VerificationError(f"{result.tensor}: {problem}")
+
+
+def pattern_violation(zero_OI: Tensor, pattern: Pattern) -> str | None:
+    """Say where the zeros of a weight are too few for its pattern; None when they suffice.
+
+    Kept weights may be zero themselves, so a group may hold more zeros than were pruned.
+    """
+    rows, width = zero_OI.shape
+    asked = sum(pruned_per_row((rows, width), pattern))
+    zeros = int(zero_OI.sum())
+    if zeros < asked:
+        return f"has {zeros} zeros, its pattern {pattern} asks for {asked}"
+    if pattern.m is None or pattern.n is None:
+        return None
+    for group in zero_OI.split(pattern.m, dim=1) if width % pattern.m else [zero_OI]:
+        most = (
+            pattern.n
+            if group.shape[1] >= pattern.m
+            else -(-pattern.n * group.shape[1] // pattern.m)
+        )
+        kept = (~group).reshape(-1, min(pattern.m, group.shape[1])).sum(dim=1)
+        if bool((kept > most).any()):
+            return f"a group of {pattern.m} inputs keeps more than {most} weights"
+    return None
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    return one.nbytes == other.nbytes and all(
+        a == b for a, b in zip(one.chunks(), other.chunks(), strict=True)
+    )
