@@ -95,7 +95,7 @@ def build(directory: Path, tensor_names: Iterable[str]) -> Architecture:
     blocks_name, blocks = _decoder_blocks(model)
     _refuse_fused_weights(blocks, blocks_name)
     disk_names = _disk_names(model, list(tensor_names))
-    return Architecture(model, blocks_name, blocks, disk_names, _tied_names(model))
+    return Architecture(model, blocks_name, blocks, disk_names, tied_names(model))
 
 
 def _skeleton(directory: Path) -> PreTrainedModel:
@@ -154,7 +154,7 @@ def block_linears(model: PreTrainedModel) -> list[Linear]:
     ]
 
 
-def _tied_names(model: nn.Module) -> frozenset[str]:
+def tied_names(model: nn.Module) -> frozenset[str]:
     """Parameters that appear under more than one name, found by identity."""
     named = list(model.named_parameters(remove_duplicate=False))
     uses = Counter(id(parameter) for _, parameter in named)

@@ -21,8 +21,8 @@ from prune_llm.architecture import Architecture, Linear
 from prune_llm.checkpoint import DTYPES, Checkpoint
 from prune_llm.statistics import InputStatistics, Needs
 
-# tokens on which the layer error of methods without a Gram matrix is measured
-ERROR_TOKENS = 2048
+# tokens on which the layer error is measured
+ERROR_TOKENS = 256
 
 Tick = Callable[[int, str], None]
 
@@ -118,6 +118,8 @@ class Walk:
 
     def load(self, index: int) -> None:
         """Read the block's parameters and persistent buffers from disk onto the device."""
+        if not any(p.is_meta for p in self.architecture.blocks[index].parameters()):
+            return  # block 0, which `_start` has run already
         prefix = self.architecture.block_name(index) + "."
         self._fill([n for n in self.architecture.model.state_dict() if n.startswith(prefix)])
         for name, parameter in self.architecture.blocks[index].named_parameters():
@@ -395,9 +397,27 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[leaf] = buffer.to(device)
 
 
+def return_freed_memory() -> None:
+    """Make glibc hand tensors above 4 MB back to the system as soon as they are freed.
+
+    It raises its own limit to 32 MB otherwise and keeps what was freed in fragments, a block's
+    worth and more. Holds for the process; other allocators are left as they are.
+    """
+    mallopt = _libc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+
+
 def _trim_heap() -> None:
-    """Hand freed memory back: glibc keeps a block's worth otherwise, which doubles the peak."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
-        if trim is not None:
-            trim(0)
+    """Hand back what freed blocks left in the heap."""
+    trim = _libc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _libc(function: str) -> Callable[..., int] | None:
+    """A function of glibc; None on other systems."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None

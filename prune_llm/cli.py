@@ -64,7 +64,9 @@ def main(traceback: bool) -> None:
 def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
     """A click option that stands for the PruneConfig field of the same name."""
     flag = "--" + name.replace("_", "-")
-    return click.option(flag, name, default=DEFAULTS[name], show_default=True, **settings)
+    return click.option(
+        flag, name, default=DEFAULTS[name], show_default=DEFAULTS[name] is not None, **settings
+    )
 
 
 @main.command("prune")
@@ -83,7 +85,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
 @_option("dtype", help="Dtype of the calibration runs: auto, float32, bfloat16, float16.")
 @_option("damping", type=float, help="Share of the mean diagonal added to the Gram matrix.")
 @_option("column_block", type=int, help="Columns that SparseGPT updates together.")
-@_option("batch_size", type=int, help="Samples run at once; as many as hold 2048 tokens.")
+@_option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]")
 @click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'.")
 @_option("format", help=f"How weights are stored: {', '.join(FORMATS)}.")
 def prune_command(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,7 +121,7 @@ def lowest(scores_RW: Tensor, count: int) -> Tensor:
     """Mark the ``count`` lowest scores of each row; of equal ones the leftmost. bool [R, W]."""
     if count == 0 or scores_RW.numel() == 0:
         return torch.zeros_like(scores_RW, dtype=torch.bool)
-    border_R1 = scores_RW.kthvalue(count, dim=1, keepdim=True).values
+    border_R1 = _kth_lowest(scores_RW, count)
     marked_RW = scores_RW < border_R1
     ties_RW = scores_RW == border_R1
     missing_R = count - marked_RW.sum(dim=1)
@@ -130,6 +131,15 @@ def lowest(scores_RW: Tensor, count: int) -> Tensor:
         order_RW = ties_RW[crowded_R].cumsum(dim=1, dtype=torch.int32)
         marked_RW[crowded_R] |= ties_RW[crowded_R] & (order_RW <= missing_R[crowded_R, None])
     return marked_RW
+
+
+def _kth_lowest(scores_RW: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest score of each row [R, 1]."""
+    if scores_RW.device.type != "cpu":
+        return scores_RW.kthvalue(count, dim=1, keepdim=True).values
+    # numpy's partition takes half the time of torch's kthvalue
+    lowest_first = np.partition(scores_RW.numpy(), count - 1, axis=1)
+    return torch.from_numpy(lowest_first[:, count - 1 : count].copy())
 
 
 def _lowest_of_groups(scores_OI: Tensor, pattern: Pattern) -> Tensor:

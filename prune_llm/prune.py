@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_llm import architecture as arch
-from prune_llm.blocks import Block, Walk
+from prune_llm.blocks import Block, Walk, return_freed_memory
 from prune_llm.calibration import (
     BUNDLED,
     Calibration,
@@ -41,7 +41,9 @@ from prune_llm.statistics import InputStatistics, Needs, disable_tf32
 from prune_llm.verification import verify
 
 FORMATS = ("dense",)
-BATCH_TOKENS = 2048
+# tokens run at once: 512 keep the matrix products of wide models at full speed and the working
+# memory small; narrow models need more to outweigh the cost of a call
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS, BATCH_VALUES = 512, 4096, 1 << 19
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -62,7 +64,7 @@ class PruneConfig:
             "float16". The dtype on disk never changes.
         damping: fraction of the mean diagonal added to the Gram matrix (SparseGPT).
         column_block: columns SparseGPT updates together.
-        batch_size: samples run at once; None: as many as hold 2048 tokens.
+        batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: one of ``FORMATS``.
     """
@@ -135,6 +137,7 @@ def prune(
     config = config or PruneConfig()
     started = time.perf_counter()
     device = select_device(config.device)
+    return_freed_memory()
     with Staging(Path(output)) as staging, disable_tf32():
         job = _Job.open(model, config, device, on_progress)
         for block in job.walk():
@@ -198,7 +201,6 @@ class _Job:
 
     def walk(self) -> Walk:
         samples_ST = self.calibration.samples_ST if self.calibration is not None else None
-        batch = 1 if samples_ST is None else max(1, BATCH_TOKENS // samples_ST.shape[1])
         return Walk(
             self.architecture,
             self.checkpoint,
@@ -206,9 +208,18 @@ class _Job:
             lambda linears: arch.select(linears, self.config.ignore),
             device=self.device,
             dtype=self.dtype,
-            batch_size=self.config.batch_size or batch,
+            batch_size=self.batch_size,
             tick=self.tick,
         )
+
+    @property
+    def batch_size(self) -> int:
+        """Samples run at once: as asked, or enough for the matrix products to be efficient."""
+        if self.config.batch_size is not None or self.calibration is None:
+            return self.config.batch_size or 1
+        hidden = int(self.architecture.model.config.get_text_config(decoder=True).hidden_size)
+        tokens = max(MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, BATCH_VALUES // hidden))
+        return max(1, tokens // self.calibration.samples_ST.shape[1])
 
     def tick(self, block: int, phase: str) -> None:
         self.done += 1
@@ -221,9 +232,8 @@ class _Job:
         blocks = len(self.architecture.blocks)
         if self.calibration is None:
             return blocks
-        samples, seq_len = self.calibration.samples_ST.shape
-        size = self.config.batch_size or max(1, BATCH_TOKENS // seq_len)
-        return blocks + (2 * blocks - 1) * -(-samples // size)
+        samples = len(self.calibration.samples_ST)
+        return blocks + (2 * blocks - 1) * -(-samples // self.batch_size)
 
     def report(self, output: str, seconds: float) -> PruneReport:
         if not self.linears:

@@ -27,8 +27,8 @@ class InputStatistics:
     Attributes:
         tokens: rows seen.
         square_sum_I: sum over tokens of x_i^2, float32 [I].
-        sample_TI: a few tokens of every update, in the model's dtype; the layer error of methods
-            that keep no Gram matrix is measured on them.
+        sample_TI: a few evenly spaced tokens, in the model's dtype, on which the layer error is
+            measured (a few hundred give it to some per cent, at a hundredth of the Gram's cost).
     """
 
     def __init__(self, width: int, device: torch.device, needs: Needs) -> None:
@@ -43,8 +43,9 @@ class InputStatistics:
         self.tokens += x_TI.shape[0]
         if self._gram is not None:
             self._gram.add(x_TI.float())
-            return
-        self.square_sum_I += torch.linalg.vector_norm(x_TI, dim=0, dtype=torch.float32).square_()
+        else:
+            # on a CPU seven times faster than vector_norm over columns
+            self.square_sum_I += x_TI.to(torch.float32, copy=True).square_().sum(dim=0)
         if sample > 0:
             stride = max(1, x_TI.shape[0] // sample)
             self._samples.append(x_TI[::stride][:sample].clone())
@@ -71,13 +72,9 @@ class InputStatistics:
         return self.square_sum_I.sqrt()
 
     def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError:
-        """||(W - W') X||_F^2 / ||W X||_F^2 over the calibration tokens (or a sample of them)."""
-        delta = weight_OI - pruned_OI
-        if self._gram is not None:
-            lost, whole = _energy(delta, self.gram_II), _energy(weight_OI, self.gram_II)
-            return LayerError(lost / whole if whole > 0 else 0.0, self.tokens)
+        """||(W - W') X||_F^2 / ||W X||_F^2 over the sampled tokens."""
         x_TI = self.sample_TI.float()
-        lost = float((x_TI @ delta.T).square().sum(dtype=torch.float64))
+        lost = float((x_TI @ (weight_OI - pruned_OI).T).square().sum(dtype=torch.float64))
         whole = float((x_TI @ weight_OI.T).square().sum(dtype=torch.float64))
         return LayerError(lost / whole if whole > 0 else 0.0, x_TI.shape[0])
 
@@ -88,11 +85,6 @@ class LayerError:
 
     value: float
     tokens: int
-
-
-def _energy(weight_OI: Tensor, gram_II: Tensor) -> float:
-    """||W X||_F^2 = tr(W G W^T)."""
-    return float(((weight_OI @ gram_II) * weight_OI).sum(dtype=torch.float64))
 
 
 class _GramSum:
@@ -112,8 +104,9 @@ class _GramSum:
             torch.addmm(rows, x_TI[:, start:end].T, x_TI[:, :end], out=rows)
 
     def mirror(self) -> None:
-        lower = self.sum_II.tril()
-        self.sum_II = lower + lower.tril(-1).T
+        """Fill in what lies above the diagonal, in place."""
+        for start, end in zip(self._edges[:-1], self._edges[1:], strict=True):
+            self.sum_II[:start, start:end] = self.sum_II[start:end, :start].T
 
 
 class disable_tf32:

@@ -97,14 +97,38 @@ def _factorise(
     R is the Cholesky factor of H with rows and columns reversed. (R R^T)^-1 = R^-T R^-1, so R^-1
     is the factor the paper obtains as chol(H^-1, upper), without ever forming H^-1: half the work.
     """
-    hessian_II = gram_II.to(dtype, copy=True)
-    hessian_II.diagonal().add_(dead_I.to(dtype)).add_(damping)
-    lower_II, info = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
+    hessian_II = gram_II.flip(0, 1).to(dtype)
+    hessian_II.diagonal().add_(dead_I.flip(0).to(dtype)).add_(damping)
+    lower_II, info = torch.linalg.cholesky_ex(hessian_II)
     if int(info) != 0:
         return None
-    identity = torch.eye(len(gram_II), dtype=dtype, device=gram_II.device)
-    upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity, upper=True)
+    del hessian_II
+    upper_II = lower_II.flip(0, 1)
+    del lower_II
+    _invert_upper(upper_II)
     return upper_II.float() if bool(torch.isfinite(upper_II).all()) else None
+
+
+# below this a triangular solve is quicker than two products of half the size
+INVERT_LEAF = 256
+
+
+def _invert_upper(matrix: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves.
+
+    [A B; 0 D]^-1 = [A^-1  -A^-1 B D^-1; 0 D^-1]: matrix products only, a third of the work of
+    solving against the identity.
+    """
+    size = len(matrix)
+    if size <= INVERT_LEAF:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
+        return
+    half = size // 2
+    _invert_upper(matrix[:half, :half])
+    _invert_upper(matrix[half:, half:])
+    corner = matrix[:half, :half] @ matrix[:half, half:]
+    torch.mm(corner, matrix[half:, half:], out=matrix[:half, half:]).neg_()
 
 
 def _sweep(
@@ -133,11 +157,16 @@ def _block_columns(column_block: int, pattern: Pattern) -> int:
     return -(-column_block // m) * m
 
 
+# columns whose outstanding errors are taken in by one matrix product
+COLUMN_STRIP = 16
+
+
 class _Block:
     """One column block W1 with its part U1 of the factor; B = columns in it.
 
-    Inside the block the updates are applied when a column is reached (E[:i] times U1[:i, i]),
-    not when an error arises: the same sums as the paper's, with reads instead of writes.
+    Inside the block errors are taken in when a column is reached (E[:i] times U1[:i, i]), not when
+    they arise: the same sums as the paper's, with reads instead of writes, and a strip of columns
+    at a time by one matrix product.
     """
 
     def __init__(
@@ -152,13 +181,20 @@ class _Block:
 
     def prune(self, pattern: Pattern) -> Tensor:
         """Returns keep [B, O]; weights of the block and `error_BO` are final afterwards."""
-        if pattern.m is None:
-            return self._columns(0, self.end - self.start, self._keep_unstructured(pattern))
-        groups = []
-        for first in range(0, self.end - self.start, pattern.m):
-            last = min(first + pattern.m, self.end - self.start)
-            groups.append(self._columns(first, last, self._keep_group(first, last, pattern)))
-        return torch.cat(groups)
+        columns = self.end - self.start
+        whole_BO = self._keep_unstructured(pattern) if pattern.m is None else None
+        step = pattern.m or COLUMN_STRIP
+        strips = []
+        for first in range(0, columns, step):
+            last = min(first + step, columns)
+            updated = self._updated(first, last)
+            if whole_BO is not None:
+                keep = whole_BO[first:last]
+            else:
+                keep = self._keep_group(first, last, updated, pattern)
+            self._columns(first, updated, keep)
+            strips.append(keep)
+        return torch.cat(strips)
 
     def _scores(self, first: int, last: int, weight_BO: Tensor) -> Tensor:
         """w^2 / [U_ii]^2, the error that pruning w causes (eq. 4); inputs never seen come last."""
@@ -177,27 +213,28 @@ class _Block:
             parts.append(~marked.T)
         return torch.cat(parts, dim=1)
 
-    def _keep_group(self, first: int, last: int, pattern: Pattern) -> Tensor:
+    def _keep_group(self, first: int, last: int, updated: Tensor, pattern: Pattern) -> Tensor:
         """N:M: chosen from the weights as updated so far. bool [last - first, O]."""
         assert pattern.n is not None and pattern.m is not None
         size = last - first
         kept = pattern.n if size == pattern.m else tail_kept(size, pattern)
-        scores = self._scores(first, last, self._updated(first, last))
-        return ~lowest_small(scores.T, size - kept).T
+        return ~lowest_small(self._scores(first, last, updated).T, size - kept).T
 
     def _updated(self, first: int, last: int) -> Tensor:
         """Columns first:last with the errors of all columns before ``first`` taken in."""
         weight = self.weight_BO[first:last]
         if first == 0:
-            return weight
+            return weight.clone()
         return torch.addmm(
             weight, self.upper_BB[:first, first:last].T, self.error_BO[:first], alpha=-1
         )
 
-    def _columns(self, first: int, last: int, keep_BO: Tensor) -> Tensor:
-        for i in range(first, last):
-            w_O = self._updated(i, i + 1)[0]
-            keep_O = keep_BO[i - first]
-            self.error_BO[i] = (w_O / self.upper_BB[i, i]).masked_fill_(keep_O, 0.0)
+    def _columns(self, first: int, updated: Tensor, keep: Tensor) -> None:
+        """Solve a strip of columns one by one; only errors of the strip itself are outstanding."""
+        for i, (w_O, keep_O) in enumerate(zip(updated, keep, strict=True), first):
+            if i > first:
+                w_O = torch.addmv(
+                    w_O, self.error_BO[first:i].T, self.upper_BB[first:i, i], alpha=-1
+                )
+            torch.div(w_O, self.upper_BB[i, i], out=self.error_BO[i]).masked_fill_(keep_O, 0.0)
             self.weight_BO[i] = w_O.masked_fill(~keep_O, 0.0)
-        return keep_BO

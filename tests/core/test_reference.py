@@ -1,0 +1,131 @@
+"""The published implementations' perplexities on the reference model (peer_values.json).
+
+Our masks are exact; theirs are not, in three ways that change a perplexity by more than 1 %:
+they prune one weight more per group, Wanda floors the count of each row (0.6 of 64 is 38, which is
+59.4 %), and a short last N:M group is zeroed whole. With their counting rules switched on (the
+`peer_counts` fixture) every value is met within 1 %; ours are held as regression values beside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prune_llm import PruneConfig, prune
+from prune_llm.calibration import cut_windows, load_tokenizer, read_documents, tokenize
+from prune_llm.masks import Pattern
+from prune_llm.methods import sparsegpt
+
+SEPARATOR = "<|story|>"
+# method, pattern, name in peer_values.json, our own value with exact counts
+ROWS = [
+    ("sparsegpt", "0.5", "sparsegpt-repo-unstructured", 17.340),
+    ("sparsegpt", "0.6", "sparsegpt-repo-unstructured-0.6", 46.037),
+    ("sparsegpt", "2:4", "sparsegpt-repo-2:4", 31.396),
+    ("wanda", "0.5", "wanda-repo-wanda-unstructured", 19.095),
+    ("wanda", "0.6", "wanda-repo-wanda-unstructured-0.6", 60.876),
+    ("wanda", "2:4", "wanda-repo-wanda-2:4", 66.561),
+    ("magnitude", "0.5", "wanda-repo-magnitude-unstructured", 40.462),
+    ("magnitude", "0.6", "wanda-repo-magnitude-unstructured-0.6", 78.937),
+    ("magnitude", "2:4", "wanda-repo-magnitude-2:4", 118.280),
+]
+IDS = [f"{method}-{pattern}" for method, pattern, _, _ in ROWS]
+
+
+@pytest.fixture(scope="session")
+def windows_ST(reference: Path) -> Tensor:
+    documents = read_documents(str(reference / "text" / "stories_eval.txt"), SEPARATOR)
+    ids, _ = tokenize(documents, load_tokenizer(reference / "stories260k"))
+    return cut_windows(ids, 512, "stories_eval")
+
+
+def perplexity(directory: Path, windows_ST: Tensor) -> float:
+    from prune_llm_eval.perplexity import token_perplexity
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return token_perplexity(model, windows_ST).token_ppl
+
+
+def pruned_perplexity(
+    reference: Path, method: str, pattern: str, output: Path, windows_ST: Tensor
+) -> float:
+    config = PruneConfig(
+        method=method,
+        pattern=pattern,
+        calibration=str(reference / "text" / "stories_calib.txt"),
+        separator=SEPARATOR,
+        samples=96,
+        seq_len=512,
+        sampling="first",
+        device="cpu",
+    )
+    prune(reference / "stories260k", config, output)
+    return perplexity(output, windows_ST)
+
+
+def test_dense(reference: Path, peer_values: dict[str, float], windows_ST: Tensor) -> None:
+    assert windows_ST.shape == (142, 512)
+    value = perplexity(reference / "stories260k", windows_ST)
+    assert round(value, 4) == peer_values["dense"] == 3.9103
+
+
+@pytest.mark.parametrize(("method", "pattern", "_peer", "expected"), ROWS, ids=IDS)
+def test_exact_counts(
+    method: str,
+    pattern: str,
+    _peer: str,
+    expected: float,
+    reference: Path,
+    windows_ST: Tensor,
+    tmp_path: Path,
+) -> None:
+    value = pruned_perplexity(reference, method, pattern, tmp_path / "out", windows_ST)
+    # float32 sums in another order move a few ranks
+    assert value == pytest.approx(expected, rel=0.005)
+
+
+@pytest.fixture
+def peer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count as the published code does: Wanda floors each row, SparseGPT prunes k + 1 a block."""
+    from prune_llm import masks, verification
+
+    exact = masks.pruned_per_row
+
+    def floor_rows(shape_OI: tuple[int, int], pattern: Pattern) -> list[int]:
+        if pattern.m is not None:
+            return exact(shape_OI, pattern)
+        return [int(shape_OI[1] * pattern.sparsity)] * shape_OI[0]
+
+    def one_too_many(block: Any, pattern: Pattern) -> Tensor:
+        scores_BO = block._scores(0, block.end - block.start, block.weight_BO)
+        parts = []
+        for scores in scores_BO.split(block.rows, dim=1):
+            count = int(scores.numel() * pattern.sparsity) + 1
+            marked = masks.lowest(scores.T.reshape(1, -1), count)
+            parts.append(~marked.reshape(scores.shape[1], -1).T)
+        return torch.cat(parts, dim=1)
+
+    for module in (masks, verification):
+        monkeypatch.setattr(module, "pruned_per_row", floor_rows)
+    monkeypatch.setattr(sparsegpt._Block, "_keep_unstructured", one_too_many)
+
+
+@pytest.mark.usefixtures("peer_counts")
+@pytest.mark.parametrize(("method", "pattern", "peer", "_expected"), ROWS, ids=IDS)
+def test_peers_values_with_their_counts(
+    method: str,
+    pattern: str,
+    peer: str,
+    _expected: float,
+    reference: Path,
+    peer_values: dict[str, float],
+    windows_ST: Tensor,
+    tmp_path: Path,
+) -> None:
+    value = pruned_perplexity(reference, method, pattern, tmp_path / "out", windows_ST)
+    assert value == pytest.approx(peer_values[peer], rel=0.01)

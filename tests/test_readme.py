@@ -1,0 +1,82 @@
+"""The README's commands are run as printed, on the bundled model and small text."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# run by a person or by CI itself, not inside the tests
+NOT_HERE = ("git clone", "cd ", "make ", "pip install", "python -m prune_llm.demo.train")
+
+
+def shell_commands() -> list[str]:
+    """Lines of the README's sh blocks, continuation lines joined, comments cut."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line.partition("  #")[0].strip() for line in lines]
+    return [c for c in commands if c and not c.startswith("#")]
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what the README calls MODEL, calibration.txt and held_out.txt."""
+    from prune_llm.demo import model_path, text
+
+    place = tmp_path_factory.mktemp("readme")
+    (place / "MODEL").symlink_to(model_path())
+    (place / "calibration.txt").write_text(text("calibration", 200))
+    (place / "held_out.txt").write_text(text("held_out", 40))
+    return place
+
+
+def test_every_command_runs_in_order(workplace: Path) -> None:
+    ran = 0
+    for command in shell_commands():
+        if command.startswith(NOT_HERE):
+            continue
+        words = shlex.split(command)
+        assert words[0] == "prune-llm", f"README shows a command that no test runs: {command}"
+        done = subprocess.run(
+            [sys.executable, "-m", "prune_llm", *words[1:]],
+            cwd=workplace,
+            env=os.environ,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 4
+
+
+def test_python_blocks_run(workplace: Path) -> None:
+    assert python_blocks()
+    for block in python_blocks():
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_named_files_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = set(re.findall(r"`make ([a-z]+)`", README)) | set(
+        re.findall(r"^make (\w+)", README, re.M)
+    )
+    assert used and used <= targets
