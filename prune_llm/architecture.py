@@ -140,8 +140,15 @@ def _linears(block: nn.Module, block_name: str) -> list[Linear]:
     return [
         Linear(f"{block_name}.{kind}", kind, module, transposed=isinstance(module, Conv1D))
         for kind, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and not _is_router(block, kind, module)
     ]
+
+
+def _is_router(block: nn.Module, kind: str, module: nn.Module) -> bool:
+    """Whether a linear scores experts: it has one output per entry of a list beside it."""
+    siblings = block.get_submodule(kind.rpartition(".")[0]).children()
+    outputs = getattr(module, "out_features", None)
+    return any(isinstance(s, nn.ModuleList) and len(s) == outputs for s in siblings)
 
 
 def block_linears(model: PreTrainedModel) -> list[Linear]:

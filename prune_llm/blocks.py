@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,19 +225,21 @@ class Walk:
         Blocks with the same linears group alike, so the first of each sort is run.
 
         Raises:
-            ValueError: a linear reads nothing when the block runs.
+            ValueError: a linear reads nothing when the block runs, or more than one input.
         """
         kinds = tuple(linear.kind for linear in linears)
         if kinds not in self._site_names:
             self._site_names[kinds] = _observe(linears, run)
         by_kind = {linear.kind: linear for linear in linears}
         grouped = self._site_names[kinds]
-        silent = set(kinds) - {kind for names in grouped for kind in names}
-        if silent:
-            raise ValueError(
-                f"{self.architecture.block_name(index)}.{min(silent)}: reads no input when the "
-                "model runs, so it cannot be calibrated; leave it dense with --ignore"
-            )
+        reads = Counter(kind for names in grouped for kind in names)
+        for kind in kinds:
+            if reads[kind] != 1:
+                how = "several different inputs" if reads[kind] else "no input"
+                raise ValueError(
+                    f"{self.architecture.block_name(index)}.{kind}: reads {how} when the model "
+                    f"runs, so it cannot be calibrated; leave it dense with --ignore {kind}"
+                )
         return [Site(tuple(by_kind[kind] for kind in names)) for names in grouped]
 
     def tick(self, index: int, phase: str) -> None:
@@ -278,14 +281,16 @@ class Block:
             site: InputStatistics(_width(site), self._walk.device, needs) for site in sites
         }
         sample = -(-ERROR_TOKENS // len(self._stream.batches))
+        waiting: set[Site] = set()
         handles = [
             site.linears[0].module.register_forward_pre_hook(
-                _updater(statistics[site], sample, stop=site is sites[-1])
+                _updater(site, statistics[site], sample, waiting)
             )
             for site in sites
         ]
         try:
             for number in range(len(self._stream.batches)):
+                waiting.update(sites)
                 self._run(number)
                 self._walk.tick(self.index, "calibrating")
         finally:
@@ -328,12 +333,15 @@ def _width(site: Site) -> int:
     return int(linear.to_OI(linear.weight).shape[1])
 
 
-def _updater(statistics: InputStatistics, sample: int, stop: bool) -> Callable[..., None]:
-    """A hook that adds a linear's input; the block's last one ends the pass: nothing follows."""
+def _updater(
+    site: Site, statistics: InputStatistics, sample: int, waiting: set[Site]
+) -> Callable[..., None]:
+    """A hook that adds a linear's input; when no site waits any more it ends the pass."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         statistics.update(args[0], sample)
-        if stop:
+        waiting.discard(site)
+        if not waiting:
             raise _Captured
 
     return hook
@@ -349,7 +357,9 @@ def _observe(linears: list[Linear], run: Callable[[], None]) -> list[tuple[str, 
             x = args[0]
             alive.append(x)
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
-            seen.setdefault(key, []).append(kind)
+            kinds = seen.setdefault(key, [])
+            if kind not in kinds:
+                kinds.append(kind)
 
         return hook
 

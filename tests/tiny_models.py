@@ -42,7 +42,7 @@ def llama_config(**changes: Any) -> Any:
 def save_model(
     directory: Path, config: Any, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Path:
-    """A random model of any architecture with the byte tokenizer, as `save_pretrained` leaves it."""
+    """A random model of any architecture with the byte tokenizer."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)

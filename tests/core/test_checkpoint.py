@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import llama_config, save_model
 from safetensors.torch import load_file, save_file
+from tiny_models import llama_config, save_model
 
 from prune_llm import checkpoint as module
 from prune_llm.checkpoint import Staging, open_checkpoint, read_header, write_shards

@@ -313,7 +313,7 @@ class TestBadInput:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
         save_file(tensors, model / "model.safetensors", {"format": "pt"})
         for method in METHODS:
-            with pytest.raises(ValueError, match="not finite|NaN or infinite"):
+            with pytest.raises(ValueError, match=r"not finite|NaN or infinite"):
                 prune(model, config(corpus, method=method), tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -44,8 +44,9 @@ def windows_ST(reference: Path) -> Tensor:
 
 
 def perplexity(directory: Path, windows_ST: Tensor) -> float:
-    from prune_llm_eval.perplexity import token_perplexity
     from transformers import AutoModelForCausalLM
+
+    from prune_llm_eval.perplexity import token_perplexity
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return token_perplexity(model, windows_ST).token_ppl

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from prune_llm_eval.compare import EvalConfig, evaluate
-from prune_llm_eval.perplexity import compare, token_perplexity
 from tiny_models import llama_config, save_model
 from transformers import AutoModelForCausalLM
+
+from prune_llm_eval.compare import EvalConfig, evaluate
+from prune_llm_eval.perplexity import compare, token_perplexity
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,216 @@
+"""Models are taken apart by what they are: families with their own shapes, ties, orientations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import llama_config, save_model
+from torch import nn
+
+from prune_llm import PruneConfig, prune
+from prune_llm import architecture as arch
+from prune_llm.blocks import Walk
+from prune_llm.checkpoint import open_checkpoint
+from prune_llm.methods import METHODS
+from prune_llm.statistics import Needs
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+QKV = "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj"
+LLAMA_SITES = [QKV, "self_attn.o_proj", "mlp.gate_proj,mlp.up_proj", "mlp.down_proj"]
+
+
+def family(name: str) -> tuple[Any, list[str]]:
+    """Config of a tiny random model, and the sites its blocks have."""
+    import transformers as tf
+
+    plain = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    small = {"vocab_size": 264, "hidden_size": 32, "num_attention_heads": 4}
+    window = {"head_dim": 8, "sliding_window": 8}
+    fused = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+    opt = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    table: dict[str, tuple[Any, list[str]]] = {
+        "llama": (tf.LlamaConfig(**SIZES), LLAMA_SITES),
+        "mistral": (tf.MistralConfig(**SIZES, sliding_window=8), LLAMA_SITES),
+        "qwen2": (tf.Qwen2Config(**SIZES), LLAMA_SITES),
+        "qwen3": (tf.Qwen3Config(**SIZES, head_dim=8), LLAMA_SITES),
+        "gemma2": (tf.Gemma2Config(**SIZES, **window), LLAMA_SITES),
+        "gemma3": (tf.Gemma3TextConfig(**SIZES, **window), LLAMA_SITES),
+        "phi3": (tf.Phi3Config(**SIZES, pad_token_id=0), fused),
+        "cohere": (
+            tf.CohereConfig(**SIZES),  # attention and MLP read the same normalised input
+            [f"{QKV},mlp.gate_proj,mlp.up_proj", "self_attn.o_proj", "mlp.down_proj"],
+        ),
+        "opt": (
+            tf.OPTConfig(
+                **small, ffn_dim=48, num_hidden_layers=2, max_position_embeddings=64,
+                word_embed_proj_dim=32,
+            ),
+            [",".join(opt), "self_attn.out_proj", "fc1", "fc2"],
+        ),
+        "gpt2": (
+            tf.GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+            ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+        ),
+        "gpt_neox": (
+            tf.GPTNeoXConfig(**plain),
+            ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h",
+             "mlp.dense_4h_to_h"],
+        ),
+        "falcon": (
+            tf.FalconConfig(**small, num_hidden_layers=2, alibi=True),
+            ["self_attention.query_key_value,mlp.dense_h_to_4h", "self_attention.dense",
+             "mlp.dense_4h_to_h"],
+        ),
+        "bloom": (
+            tf.BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4),
+            ["self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h",
+             "mlp.dense_4h_to_h"],
+        ),
+    }  # fmt: skip
+    return table[name]
+
+
+FAMILIES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "cohere", "opt", "gpt2",
+    "gpt_neox", "falcon", "bloom",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_walk_without_pruning_reproduces_the_hidden_states(name: str, tmp_path: Path) -> None:
+    """Block by block from disk equals the whole model in memory, exactly; sites are found."""
+    from transformers import AutoModelForCausalLM
+
+    settings, sites = family(name)
+    directory = save_model(tmp_path, settings)
+    checkpoint = open_checkpoint(directory)
+    ids = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    walk = Walk(
+        arch.build(directory, checkpoint.tensors), checkpoint, ids, list,
+        device=CPU, dtype=torch.float32, batch_size=2, tick=lambda *_: None,
+    )  # fmt: skip
+    for block in walk:
+        assert block._stream is not None
+        assert torch.equal(torch.cat(block._stream.batches), expected[block.index])
+        assert [site.name for site in block.collect(Needs.GRAM)] == sites
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_prunes_and_reloads(name: str, method: str, corpus: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = save_model(tmp_path / "model", family(name)[0])
+    settings = PruneConfig(
+        method=method, calibration=str(corpus), samples=6, seq_len=32, device="cpu", pattern="2:4"
+    )
+    report = prune(directory, settings, tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert len(report.linears) == len(arch.block_linears(model))
+    for linear in arch.block_linears(model):
+        zeros_OI = linear.to_OI(linear.weight) == 0
+        assert bool((zeros_OI.reshape(len(zeros_OI), -1, 4).sum(-1) == 2).all()), linear.name
+
+
+def test_conv1d_groups_run_along_its_inputs(tmp_path: Path, corpus: Path) -> None:
+    """GPT-2 stores [I, O]: groups of four inputs are four consecutive rows on disk."""
+    directory = save_model(tmp_path / "model", family("gpt2")[0])
+    prune(directory, PruneConfig(method="magnitude", pattern="1:4"), tmp_path / "out")
+    stored = open_checkpoint(tmp_path / "out").tensors
+    weight_IO = next(t for n, t in stored.items() if n.endswith("h.0.attn.c_attn.weight")).read()
+    kept = (weight_IO != 0).reshape(-1, 4, weight_IO.shape[1]).sum(1)
+    assert bool((kept == 1).all())
+
+
+def test_fused_experts_are_refused(tmp_path: Path, corpus: Path) -> None:
+    import transformers as tf
+
+    directory = save_model(tmp_path / "model", tf.MixtralConfig(**SIZES, num_local_experts=4))
+    with pytest.raises(ValueError, match="fused experts .* not supported yet"):
+        prune(directory, PruneConfig(calibration=str(corpus)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsupported_config_is_one_clear_error(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_family"}')
+    (tmp_path / "model.safetensors").write_bytes((tiny_llama / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"cannot build a causal language model.*no_such_family"):
+        prune(tmp_path, PruneConfig(method="magnitude"), tmp_path / "out")
+
+
+def test_router_is_not_a_prunable_linear() -> None:
+    block = nn.Module()
+    block.moe = nn.Module()
+    block.moe.gate = nn.Linear(8, 4)
+    block.moe.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    found = [linear.kind for linear in arch._linears(block, "layers.0")]
+    assert found == [f"moe.experts.{i}" for i in range(4)]
+
+
+class Reader(nn.Module):
+    """A block that reads one linear twice and another never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.twice(self.twice(x))  # type: ignore[no-any-return]
+
+
+def test_a_linear_must_read_exactly_one_input(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(tiny_llama)
+    block = Reader()
+    linears = arch._linears(block, "layers.0")
+    for kept, message in (("twice", "several different inputs"), ("never", "no input")):
+        walk = Walk(
+            arch.build(tiny_llama, checkpoint.tensors), checkpoint, None, list,
+            device=CPU, dtype=torch.float32, batch_size=1, tick=lambda *_: None,
+        )  # fmt: skip
+        chosen = [linear for linear in linears if linear.kind == kept]
+        with pytest.raises(ValueError, match=f"{kept}: reads {message}"):
+            walk.sites(0, chosen, lambda: block(torch.zeros(2, 4)))
+
+
+def test_what_a_block_gets_beside_hidden_states_must_not_depend_on_tokens(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def with_tokens(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return forward(self, input_ids=input_ids, position_ids=input_ids % 7, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", with_tokens)
+    checkpoint = open_checkpoint(tiny_llama)
+    walk = Walk(
+        arch.build(tiny_llama, checkpoint.tensors), checkpoint, torch.arange(40).view(2, 20), list,
+        device=CPU, dtype=torch.float32, batch_size=2, tick=lambda *_: None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="more than the hidden states"):
+        next(iter(walk))
+
+
+def test_unequal_block_counts_and_names() -> None:
+    model = nn.Module()
+    model.config = llama_config(num_hidden_layers=5)
+    model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    with pytest.raises(ValueError, match="no list of 5 decoder blocks"):
+        arch._decoder_blocks(model)  # type: ignore[arg-type]
