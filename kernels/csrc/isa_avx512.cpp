@@ -1,0 +1,14 @@
+// AVX-512 F, BW, VL, DQ without VBMI2 and BF16: 16-bit values are widened, then expanded.
+#include "avx512.h"
+
+namespace {
+
+const Isa kTable = {
+    "avx512",
+    {linear_kernel<FloatPairs<BF16Lanes>>(), linear_kernel<FloatPairs<F16Lanes>>(),
+     linear_kernel<FloatPairs<F32Lanes>>()},
+};
+
+}  // namespace
+
+extern "C" const Isa* isa_avx512(void) { return &kTable; }

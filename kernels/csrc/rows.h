@@ -1,0 +1,248 @@
+// The row loop that every instruction set shares. A translation unit defines, per dtype, a policy
+// of vector operations and instantiates this loop with it. Everything has internal linkage and
+// nothing comes from the C++ library: an inline function compiled here with wider instructions
+// must never be the copy that the linker keeps for a smaller machine.
+//
+// A policy P has
+//   Elem, X         stored element; element of a prepared input
+//   Acc, W          accumulator of one output; kCols expanded weights
+//   kCols           columns of one step: 8, 16, 32 or 64
+//   kRows(B, sparse)  rows in flight for B inputs: enough chains to hide latency, few enough
+//                   registers and streams of memory (measured)
+//   zero() add(acc, acc) fma(acc, w, x) reduce(acc) to_float(elem) from_float(f)
+//   place(c)        where a prepared input holds column c
+//   expand(mask, p) kept values at p -> kCols weights; may read kCols elements
+//   expand_exact(mask, p)  the same, reading popcount(mask) elements only
+//   load(p) load_exact(p, n)  dense weights: kCols of them; the first n, zeros behind
+//   store(w, p)     kCols weights as elements
+// The sum of one output has one fixed order, whatever the rows in flight, the batch and the thread
+// are: results are bit-identical for any number of threads and any number of inputs.
+#pragma once
+
+#include "kernels.h"
+
+namespace {
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE inline __attribute__((always_inline))
+
+template <int Cols> struct MaskWord;
+template <> struct MaskWord<8> { typedef uint8_t type; };
+template <> struct MaskWord<16> { typedef uint16_t type; };
+template <> struct MaskWord<32> { typedef uint32_t type; };
+template <> struct MaskWord<64> { typedef uint64_t type; };
+
+template <class T> INLINE T load_word(const uint8_t* p) {
+  T word;
+  __builtin_memcpy(&word, p, sizeof(T));
+  return word;
+}
+
+// The last, partial mask word of a row: byte by byte, because the next row starts right behind.
+INLINE uint64_t tail_word(const uint8_t* p, int64_t columns) {
+  uint64_t word = 0;
+  for (int64_t byte = 0; byte * 8 < columns; ++byte) word |= (uint64_t)p[byte] << (8 * byte);
+  return word;
+}
+
+constexpr int64_t kMaxBatch = 8, kPrefetchBytes = 1024;
+// Sums of this many columns are added up: long rows lose less than in one running sum.
+constexpr int64_t kSumColumns = 1024;
+
+// Weights of one step at the columns of mask_at; moves *value_at behind them and asks for the
+// lines that the step kPrefetchBytes later will read, past the caches unless another pass follows.
+template <class P, bool Sparse, bool Exact, bool Again>
+INLINE typename P::W next_weights(const uint8_t* mask_at, const typename P::Elem** value_at) {
+  typename P::W weights;
+  if (Sparse) {
+    const auto mask = load_word<typename MaskWord<P::kCols>::type>(mask_at);
+    weights = Exact ? P::expand_exact(mask, *value_at) : P::expand(mask, *value_at);
+    *value_at += __builtin_popcountll(mask);
+  } else {
+    weights = P::load(*value_at);
+    *value_at += P::kCols;
+  }
+  constexpr int bytes = P::kCols * sizeof(typename P::Elem);
+  UNROLL for (int line = 0; line < bytes; line += 64)
+    __builtin_prefetch((const char*)*value_at + kPrefetchBytes + line, 0, Again ? 3 : 0);
+  return weights;
+}
+
+// The same for the last columns of a row, fewer than kCols.
+template <class P, bool Sparse, bool Exact>
+INLINE typename P::W last_weights(const uint8_t* mask_at, const typename P::Elem* value_at,
+                                  int64_t columns) {
+  if (!Sparse) return P::load_exact(value_at, columns);
+  const uint64_t mask = tail_word(mask_at, columns);
+  return Exact ? P::expand_exact(mask, value_at) : P::expand(mask, value_at);
+}
+
+// One output row per stream r: R rows at once, each `stride` rows behind the one before.
+template <class P, bool Sparse, bool Exact, int R, int B>
+INLINE void multiply_rows(const LinearArgs* a, int64_t row, int64_t stride, int64_t first_input) {
+  typedef typename P::Elem Elem;
+  const Weight* w = a->weight;
+  const int64_t columns = w->in_features, full = columns / P::kCols * P::kCols;
+  const typename P::X* x = (const typename P::X*)a->x + first_input * a->x_pitch;
+  const uint8_t* mask_at[R];
+  const Elem* value_at[R];
+  typename P::Acc acc[R][B], total[R][B];
+  UNROLL for (int r = 0; r < R; ++r) {
+    const int64_t o = row + r * stride;
+    value_at[r] = (const Elem*)w->values + (Sparse ? row_start(w, o) : o * columns);
+    // a dense weight has no mask; any valid address will do
+    mask_at[r] = Sparse ? w->bitmask + o * mask_pitch(w) : (const uint8_t*)w->values;
+    UNROLL for (int b = 0; b < B; ++b) acc[r][b] = total[r][b] = P::zero();
+  }
+  for (int64_t start = 0; start < full; start += kSumColumns) {
+    const int64_t stop = start + kSumColumns < full ? start + kSumColumns : full;
+    for (int64_t c = start; c < stop; c += P::kCols) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        const auto weights =
+            next_weights<P, Sparse, Exact, B == kMaxBatch>(mask_at[r] + c / 8, &value_at[r]);
+        UNROLL for (int b = 0; b < B; ++b)
+          acc[r][b] = P::fma(acc[r][b], weights, x + b * a->x_pitch + c);
+      }
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
+      UNROLL for (int b = 0; b < B; ++b) {
+        total[r][b] = P::add(total[r][b], acc[r][b]);
+        acc[r][b] = P::zero();
+      }
+    }
+  }
+  if (full < columns) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      const auto weights =
+          last_weights<P, Sparse, Exact>(mask_at[r] + full / 8, value_at[r], columns - full);
+      UNROLL for (int b = 0; b < B; ++b)
+        total[r][b] = P::add(total[r][b], P::fma(P::zero(), weights, x + b * a->x_pitch + full));
+    }
+  }
+  const Elem* bias = (const Elem*)a->bias;
+  UNROLL for (int r = 0; r < R; ++r) {
+    const int64_t o = row + r * stride;
+    const float shift = bias ? P::to_float(bias[o]) : 0.0f;
+    Elem* y = (Elem*)a->y + first_input * w->out_features + o;
+    UNROLL for (int b = 0; b < B; ++b)
+      y[b * w->out_features] = P::from_float(P::reduce(total[r][b]) + shift);
+  }
+}
+
+// Wide loads reach up to kCols elements behind a row; near the end of the buffer that is not ours.
+template <class P> INLINE bool may_overread(const Weight* w, int64_t row) {
+  return row_start(w, row + 1) + P::kCols <= w->nnz;
+}
+
+// Rows [begin, end) as R streams of consecutive rows, so that each stream's prefetch runs on into
+// the row it reads next.
+template <class P, bool Sparse, int B>
+void multiply_range(const LinearArgs* a, int64_t begin, int64_t end, int64_t first_input) {
+  constexpr int R = P::kRows(B, Sparse);
+  const int64_t stride = (end - begin) / R;
+  for (int64_t row = begin; row < begin + stride; ++row) {
+    if (!Sparse || may_overread<P>(a->weight, row + (R - 1) * stride)) {
+      multiply_rows<P, Sparse, false, R, B>(a, row, stride, first_input);
+    } else {
+      for (int r = 0; r < R; ++r)
+        multiply_rows<P, Sparse, true, 1, B>(a, row + r * stride, 0, first_input);
+    }
+  }
+  for (int64_t row = begin + R * stride; row < end; ++row)
+    multiply_rows<P, Sparse, Sparse, 1, B>(a, row, 0, first_input);
+}
+
+template <class P, bool Sparse>
+void multiply_batch(const LinearArgs* a, int64_t begin, int64_t end, int64_t first, int64_t count) {
+  switch (count) {
+    case 1: return multiply_range<P, Sparse, 1>(a, begin, end, first);
+    case 2: return multiply_range<P, Sparse, 2>(a, begin, end, first);
+    case 3: return multiply_range<P, Sparse, 3>(a, begin, end, first);
+    case 4: return multiply_range<P, Sparse, 4>(a, begin, end, first);
+    case 5: return multiply_range<P, Sparse, 5>(a, begin, end, first);
+    case 6: return multiply_range<P, Sparse, 6>(a, begin, end, first);
+    case 7: return multiply_range<P, Sparse, 7>(a, begin, end, first);
+    default: return multiply_range<P, Sparse, 8>(a, begin, end, first);
+  }
+}
+
+// More than kMaxBatch inputs: several passes over a group of rows while it is in the L2 cache.
+template <class P, bool Sparse> void multiply(const LinearArgs* a) {
+  const int64_t group = a->batch > kMaxBatch ? 48 : a->end - a->begin;
+  for (int64_t begin = a->begin; begin < a->end; begin += group) {
+    const int64_t end = begin + group < a->end ? begin + group : a->end;
+    for (int64_t first = 0; first < a->batch; first += kMaxBatch) {
+      const int64_t left = a->batch - first;
+      multiply_batch<P, Sparse>(a, begin, end, first, left < kMaxBatch ? left : kMaxBatch);
+    }
+  }
+}
+
+template <class P> void unpack(const Weight* w, void* out, int64_t begin, int64_t end) {
+  typedef typename P::Elem Elem;
+  typedef typename MaskWord<P::kCols>::type Mask;
+  const int64_t columns = w->in_features, full = columns / P::kCols * P::kCols;
+  for (int64_t row = begin; row < end; ++row) {
+    const Elem* values = (const Elem*)w->values + row_start(w, row);
+    const uint8_t* mask_at = w->bitmask + row * mask_pitch(w);
+    Elem* y = (Elem*)out + (row - begin) * columns;
+    const bool wide = may_overread<P>(w, row);
+    for (int64_t c = 0; c < full; c += P::kCols) {
+      const Mask mask = load_word<Mask>(mask_at + c / 8);
+      P::store(wide ? P::expand(mask, values) : P::expand_exact(mask, values), y + c);
+      values += __builtin_popcountll(mask);
+    }
+    if (full < columns) {
+      const Mask mask = (Mask)tail_word(mask_at + full / 8, columns - full);
+      Elem tail[P::kCols];
+      P::store(P::expand_exact(mask, values), tail);
+      for (int64_t c = full; c < columns; ++c) y[c] = tail[c - full];
+    }
+  }
+}
+
+// Scalar conversions: bit-exact and the same on every machine.
+INLINE float bf16_to_float(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+INLINE uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class A, class B> struct Same {
+  enum { value = 0 };
+};
+template <class A> struct Same<A, A> {
+  enum { value = 1 };
+};
+
+template <class P> void prepare(const void* x, int64_t columns, void* prepared) {
+  typedef typename P::Elem Elem;
+  typedef typename P::X X;
+  const Elem* in = (const Elem*)x;
+  X* out = (X*)prepared;
+  for (int64_t c = 0; c < columns; ++c) {
+    if constexpr (Same<X, Elem>::value) {
+      out[P::place(c)] = in[c];
+    } else {
+      out[P::place(c)] = P::to_float(in[c]);
+    }
+  }
+  for (int64_t c = columns; c % kPad; ++c) out[P::place(c)] = 0;
+}
+
+template <class P> INLINE LinearKernel linear_kernel() {
+  return LinearKernel{sizeof(typename P::X), Same<typename P::X, typename P::Elem>::value,
+                      prepare<P>,            multiply<P, true>,
+                      multiply<P, false>,    unpack<P>};
+}
+
+}  // namespace

@@ -1,0 +1,10 @@
+"""Linear layers over packed sparse weights: tensors in, tensors out; knows no model and no file.
+
+Importing this builds and loads nothing; the C++ extension is loaded when an op first needs it.
+"""
+
+from prune_llm_kernels.dispatch import BACKENDS as BACKENDS
+from prune_llm_kernels.ops import dense_linear as dense_linear
+from prune_llm_kernels.ops import sparse_linear as sparse_linear
+from prune_llm_kernels.ops import unpack as unpack
+from prune_llm_kernels.packed_weight import PackedWeight as PackedWeight

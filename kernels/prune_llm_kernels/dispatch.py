@@ -1,0 +1,65 @@
+"""Which backend runs an op: one per device, or the one that PRUNE_LLM_BACKEND names."""
+
+import functools
+import os
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """What a backend module defines; reference.py is the specification."""
+
+    def check_contents(
+        self, bitmask: Tensor, packed: Tensor, offsets: Tensor | None, columns: int
+    ) -> None: ...
+
+    def settle(self, tensor: Tensor) -> None: ...
+
+    def unpack(
+        self, bitmask: Tensor, packed: Tensor, offsets: Tensor | None, columns: int
+    ) -> Tensor: ...
+
+    def sparse_linear(
+        self,
+        x: Tensor,
+        bitmask: Tensor,
+        packed: Tensor,
+        offsets: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor: ...
+
+    def dense_linear(self, x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+# name -> module, imported at first use
+BACKENDS = {
+    "cpu": "prune_llm_kernels.cpu",
+    "reference": "prune_llm_kernels.reference",
+}
+# device type -> name; the reference runs anywhere, but only when it is asked for
+_DEFAULTS = {"cpu": "cpu"}
+
+
+@functools.cache
+def backend_for(device_type: str) -> Backend:
+    """The backend of a device ("cpu", "cuda"); chosen at the first call for the device.
+
+    Raises:
+        ValueError: PRUNE_LLM_BACKEND names no backend, or the device has none.
+        ImportError: the backend is not built; the message says how to build it.
+    """
+    name = os.environ.get("PRUNE_LLM_BACKEND") or _DEFAULTS.get(device_type)
+    if name is None:
+        raise ValueError(
+            f"no kernel for device {device_type!r}; move the model to one of {sorted(_DEFAULTS)},"
+            " or set PRUNE_LLM_BACKEND=reference (slow)"
+        )
+    if name not in BACKENDS:
+        raise ValueError(f"PRUNE_LLM_BACKEND is {name!r}; it must be one of {sorted(BACKENDS)}")
+    if name != "reference" and name != device_type:
+        raise ValueError(
+            f"PRUNE_LLM_BACKEND is {name!r}, which cannot run on device {device_type!r}"
+        )
+    return cast(Backend, import_module(BACKENDS[name]))
