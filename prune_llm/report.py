@@ -17,6 +17,7 @@ from prune_llm.architecture import Linear
 from prune_llm.masks import Pattern
 from prune_llm.methods import Solution
 from prune_llm.statistics import LayerError
+from prune_llm_kernels import tokens
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype).removeprefix("torch."),
+        "token kernels": tokens.kernel_name(device, dtype),
     }
 
 

@@ -12,6 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from prune_llm_kernels import tokens
+
 
 class Needs(IntEnum):
     """What a method must know about its inputs; each level contains the one before."""
@@ -42,7 +44,7 @@ class InputStatistics:
         x_TI = x_TI.reshape(-1, x_TI.shape[-1])
         self.tokens += x_TI.shape[0]
         if self._gram is not None:
-            self._gram.add(x_TI.float())
+            self._gram.add(x_TI)
         else:
             # on a CPU seven times faster than vector_norm over columns
             self.square_sum_I += x_TI.to(torch.float32, copy=True).square_().sum(dim=0)
@@ -99,6 +101,10 @@ class _GramSum:
         self._edges = [i * width // panels for i in range(panels + 1)]
 
     def add(self, x_TI: Tensor) -> None:
+        if tokens.supports_gram(x_TI):
+            tokens.gram_add(self.sum_II, x_TI)
+            return
+        x_TI = x_TI.float()
         for start, end in zip(self._edges[:-1], self._edges[1:], strict=True):
             rows = self.sum_II[start:end, :end]
             torch.addmm(rows, x_TI[:, start:end].T, x_TI[:, :end], out=rows)
@@ -107,6 +113,8 @@ class _GramSum:
         """Fill in what lies above the diagonal, in place."""
         for start, end in zip(self._edges[:-1], self._edges[1:], strict=True):
             self.sum_II[:start, start:end] = self.sum_II[start:end, :start].T
+            square = self.sum_II[start:end, start:end]
+            square.copy_(square.tril() + square.tril(-1).T)
 
 
 class disable_tf32:

@@ -1,5 +1,6 @@
 // AVX-512 with VBMI2 (expand of 16-bit lanes) and BF16 (dot product of bf16 pairs).
 #include "avx512.h"
+#include "tokens.h"
 
 namespace {
 
@@ -63,6 +64,8 @@ const Isa kTable = {
     "avx512bf16",
     {linear_kernel<BF16>(), linear_kernel<FloatPairs<F16Lanes>>(),
      linear_kernel<FloatPairs<F32Lanes>>()},
+    &gram_avx512bf16,
+    &attention_avx512bf16,
 };
 
 }  // namespace

@@ -59,9 +59,15 @@ struct LinearKernel {
   void (*unpack)(const Weight* weight, void* out, int64_t begin, int64_t end);
 };
 
+struct GramKernel;
+struct AttentionKernel;
+
 struct Isa {
   const char* name;
   LinearKernel linear[kDTypes];
+  // products over many tokens in bfloat16 (tokens.h); nullptr: left to torch
+  const GramKernel* (*gram)(void) = nullptr;
+  const AttentionKernel* (*attention)(void) = nullptr;
 };
 
 #ifdef __cplusplus

@@ -11,6 +11,7 @@
 
 #include "linear.h"
 #include "threads.h"
+#include "tokens_calls.h"
 
 namespace nb = nanobind;
 
@@ -101,6 +102,37 @@ uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
 
 void huge_pages(uintptr_t data, int64_t bytes) { use_huge_pages(at<void>(data), bytes); }
 
+bool has_token_kernels(int isa) { return isa_at(isa).gram && isa_at(isa).attention; }
+
+void gram_add(int isa, int threads, uintptr_t x, int64_t tokens, int64_t width, uintptr_t packed,
+              uintptr_t sum) {
+  const GramCall call = {at<uint16_t>(x), tokens, width, reinterpret_cast<uint32_t*>(packed),
+                         reinterpret_cast<float*>(sum)};
+  run_gram(*isa_at(isa).gram(), threads, call);
+}
+
+int64_t attention_scratch(int isa, int64_t tokens, int64_t head_size) {
+  return isa_at(isa).attention()->scratch_bytes(tokens, head_size);
+}
+
+// One of q, k, v, out: its address and its strides over samples, heads and tokens, in elements.
+using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+void causal_attention(int isa, int threads, const Strided& q, const Strided& k, const Strided& v,
+                      const Strided& out, int64_t batch, int64_t heads, int64_t kv_heads,
+                      int64_t tokens, int64_t head_size, float scale, uintptr_t scratch) {
+  const auto [q_at, q_batch, q_head, q_pitch] = q;
+  const auto [k_at, k_batch, k_head, k_pitch] = k;
+  const auto [v_at, v_batch, v_head, v_pitch] = v;
+  const auto [out_at, out_batch, out_head, out_pitch] = out;
+  const AttentionArgs head = {at<uint16_t>(q_at), at<uint16_t>(k_at), at<uint16_t>(v_at),
+                              reinterpret_cast<uint16_t*>(out_at), q_pitch, k_pitch, v_pitch,
+                              out_pitch, tokens, head_size, scale};
+  run_attention(*isa_at(isa).attention(), threads,
+                {head, batch, heads, kv_heads, q_batch, q_head, k_batch, k_head, v_batch, v_head,
+                 out_batch, out_head, reinterpret_cast<void*>(scratch)});
+}
+
 }  // namespace
 
 NB_MODULE(_C, module) {
@@ -120,6 +152,18 @@ NB_MODULE(_C, module) {
              nb::arg("out_features"), nb::arg("in_features"), nb::arg("nnz"), nb::arg("out"),
              nb::arg("begin"), nb::arg("end"), Unlocked(),
              "Rows begin to end of a packed weight, dense, to out [end - begin, I].");
+  module.def("has_token_kernels", &has_token_kernels, nb::arg("isa"),
+             "Whether an instruction set has gram_add and causal_attention.");
+  module.def("gram_add", &gram_add, nb::arg("isa"), nb::arg("threads"), nb::arg("x"),
+             nb::arg("tokens"), nb::arg("width"), nb::arg("packed"), nb::arg("sum"), Unlocked(),
+             "sum [I, I] += x^T x on and below the diagonal, x [T, I] bfloat16.");
+  module.def("attention_scratch", &attention_scratch, nb::arg("isa"), nb::arg("tokens"),
+             nb::arg("head_size"), "Bytes of scratch that causal_attention needs per thread.");
+  module.def("causal_attention", &causal_attention, nb::arg("isa"), nb::arg("threads"),
+             nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("out"), nb::arg("batch"),
+             nb::arg("heads"), nb::arg("kv_heads"), nb::arg("tokens"), nb::arg("head_size"),
+             nb::arg("scale"), nb::arg("scratch"), Unlocked(),
+             "out = softmax(scale q k^T, causal) v over bfloat16 heads.");
   module.def("read_all", &read_buffer, nb::arg("data"), nb::arg("bytes"), nb::arg("threads"),
              Unlocked(), "The sum of a buffer's 64-bit words; for measuring read bandwidth.");
   module.def("use_huge_pages", &huge_pages, nb::arg("data"), nb::arg("bytes"), Unlocked(),

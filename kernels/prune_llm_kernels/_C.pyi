@@ -43,3 +43,26 @@ def unpack(
 ) -> None: ...
 def read_all(data: int, bytes: int, threads: int) -> int: ...
 def use_huge_pages(data: int, bytes: int) -> None: ...
+
+Strided = tuple[int, int, int, int]
+
+def has_token_kernels(isa: int) -> bool: ...
+def gram_add(
+    isa: int, threads: int, x: int, tokens: int, width: int, packed: int, sum: int
+) -> None: ...
+def attention_scratch(isa: int, tokens: int, head_size: int) -> int: ...
+def causal_attention(
+    isa: int,
+    threads: int,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    out: Strided,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    tokens: int,
+    head_size: int,
+    scale: float,
+    scratch: int,
+) -> None: ...

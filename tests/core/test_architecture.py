@@ -214,3 +214,26 @@ def test_unequal_block_counts_and_names() -> None:
     model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     with pytest.raises(ValueError, match="no list of 5 decoder blocks"):
         arch._decoder_blocks(model)  # type: ignore[arg-type]
+
+
+def test_bfloat16_stream_stays_close_to_the_whole_model(tmp_path: Path) -> None:
+    """Our attention kernel and torch's differ by rounding only, whatever the head layout."""
+    from transformers import AutoModelForCausalLM
+
+    directory = save_model(tmp_path, family("qwen3")[0], torch.bfloat16)
+    checkpoint = open_checkpoint(directory)
+    ids = torch.randint(3, 200, (4, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+        in_bfloat16 = model(ids, output_hidden_states=True).hidden_states[1].float()
+        exact = model.float()(ids, output_hidden_states=True).hidden_states[1]
+    walk = Walk(
+        arch.build(directory, checkpoint.tensors), checkpoint, ids, list,
+        device=CPU, dtype=torch.bfloat16, batch_size=2, tick=lambda *_: None,
+    )  # fmt: skip
+    blocks = iter(walk)
+    next(blocks)
+    block = next(blocks)
+    assert block._stream is not None
+    ours = torch.cat(block._stream.batches).float()
+    assert (ours - exact).norm() <= 1.5 * (in_bfloat16 - exact).norm()

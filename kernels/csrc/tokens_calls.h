@@ -1,0 +1,24 @@
+// The kernels of tokens.h over whole tensors, spread over threads; results do not depend on how many.
+#pragma once
+
+#include <stdint.h>
+
+#include "tokens.h"
+
+struct GramCall {
+  const uint16_t* x;  // [T, I]
+  int64_t tokens, width;
+  uint32_t* packed;  // ceil(I / kGramPanel) * ceil(T / 2) * kGramPanel entries
+  float* sum;        // [I, I]
+};
+
+// q, out [B, H, T, D], k, v [B, KV, T, D]; any strides but D's, which is 1. H is a multiple of KV.
+struct AttentionCall {
+  AttentionArgs head;  // the first head of the first sample
+  int64_t batch, heads, kv_heads;
+  int64_t q_batch, q_head, k_batch, k_head, v_batch, v_head, out_batch, out_head;
+  void* scratch;  // threads * scratch_bytes
+};
+
+void run_gram(const GramKernel& kernel, int threads, const GramCall& call);
+void run_attention(const AttentionKernel& kernel, int threads, const AttentionCall& call);

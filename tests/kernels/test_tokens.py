@@ -1,0 +1,138 @@
+"""The Gram matrix and causal attention against float64, on shapes that fit nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from prune_llm_kernels import tokens
+
+BF16 = torch.bfloat16
+needs_kernels = pytest.mark.skipif(
+    tokens.kernel_name(torch.device("cpu"), BF16) == "torch",
+    reason="this machine has no AVX-512 BF16, torch does this work",
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [1, 7, 47, 48, 49, 97, 200, 1030])
+@pytest.mark.parametrize("count", [1, 2, 33, 517, 1100])
+def test_gram_equals_float64(count: int, width: int) -> None:
+    x = torch.randn(count, width).to(BF16)
+    start = torch.randn(width, width)
+    total = start.clone()
+    tokens.gram_add(total, x)
+    exact = x.double().T @ x.double()
+    added = (total.double() - start.double()).tril()
+    # float32 sums of `count` exact products, and of the start
+    assert (added - exact.tril()).abs().max() <= 2e-6 * (exact.abs().max() + start.abs().max())
+
+
+@needs_kernels
+def test_gram_does_not_depend_on_threads() -> None:
+    x = torch.randn(300, 331).to(BF16)
+    before = torch.get_num_threads()
+    sums = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            total = torch.zeros(331, 331)
+            tokens.gram_add(total, x)
+            sums.append(total.tril())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(sums[0], other) for other in sums)
+
+
+@needs_kernels
+def test_gram_of_a_view() -> None:
+    wide = torch.randn(40, 130).to(BF16)
+    total, expected = torch.zeros(60, 60), torch.zeros(60, 60)
+    tokens.gram_add(total, wide[::2, 10:70])
+    tokens.gram_add(expected, wide[::2, 10:70].contiguous())
+    assert torch.equal(total.tril(), expected.tril())
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("total", "x", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(2, 4, dtype=BF16), r"it must be torch.float32 \[4, 4\]"),
+        (torch.zeros(4, 4).double(), torch.zeros(2, 4, dtype=BF16), "sum is torch.float64"),
+        (torch.zeros(4, 8)[:, ::2], torch.zeros(2, 4, dtype=BF16), "not contiguous"),
+        (torch.zeros(4, 4), torch.zeros(2, 4), "x is torch.float32"),
+    ],
+)
+def test_gram_refuses(total: torch.Tensor, x: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokens.gram_add(total, x)
+
+
+SHAPES = [
+    (1, 1, 1, 1, 2),
+    (1, 2, 1, 7, 16),
+    (2, 4, 2, 100, 64),
+    (1, 3, 3, 65, 80),
+    (3, 8, 2, 130, 128),
+    (1, 2, 2, 333, 256),
+    (2, 6, 1, 64, 10),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_as_exact_as_torch(shape: tuple[int, int, int, int, int]) -> None:
+    samples, heads, kv_heads, count, size = shape
+    # projected [B, T, H, D] and transposed, as models hold them; some scores are large
+    q = (4 * torch.randn(samples, count, heads, size)).to(BF16).transpose(1, 2)
+    k = torch.randn(samples, count, kv_heads, size).to(BF16).transpose(1, 2)
+    v = torch.randn(samples, count, kv_heads, size).to(BF16).transpose(1, 2)
+    assert tokens.supports_causal_attention(q, k, v)
+    ours = tokens.causal_attention(q, k, v, size**-0.5)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    exact = F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
+    )
+    assert ours.shape == theirs.shape and ours.dtype == BF16
+    bound = 2 * (theirs.double() - exact).abs().max() + 2**-8 * exact.abs().max() / 256
+    assert (ours.double() - exact).abs().max() <= bound
+
+
+@needs_kernels
+def test_attention_sees_no_later_token_and_does_not_depend_on_threads() -> None:
+    q, k, v = (torch.randn(2, 3, 90, 32).to(BF16) for _ in range(3))
+    whole = tokens.causal_attention(q, k, v, 0.2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(tokens.causal_attention(q, k, v, 0.2), whole)
+    finally:
+        torch.set_num_threads(before)
+    k[:, :, 50:], v[:, :, 50:] = 99.0, -1e4
+    assert torch.equal(tokens.causal_attention(q, k, v, 0.2)[:, :, :50], whole[:, :, :50])
+
+
+@needs_kernels
+def test_attention_refuses_what_it_cannot_do() -> None:
+    good = torch.randn(1, 2, 8, 16).to(BF16)
+    for bad in (good.float(), good[..., :15], good[:, :, :5], torch.randn(1, 3, 8, 16).to(BF16)):
+        assert not tokens.supports_causal_attention(good, bad, bad)
+        with pytest.raises(ValueError, match="not supported"):
+            tokens.causal_attention(good, bad, bad, 1.0)
+
+
+def test_reference_backend_leaves_the_work_to_torch() -> None:
+    code = (
+        "import torch; from prune_llm_kernels import tokens; "
+        "print(tokens.kernel_name(torch.device('cpu'), torch.bfloat16))"
+    )
+    env = {**os.environ, "PRUNE_LLM_BACKEND": "reference"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "torch"
