@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from prune_llm.architecture import Architecture, Linear
 from prune_llm.checkpoint import DTYPES, Checkpoint
-from prune_llm.statistics import InputStatistics, Needs
+from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm_kernels import tokens
 
 # tokens on which the layer error is measured
@@ -305,7 +305,7 @@ class Block:
 
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
         statistics.finish()
-        if not bool(torch.isfinite(statistics.square_sum_I).all()):
+        if not all_finite(statistics.square_sum_I):
             raise ValueError(
                 f"{self.name}.{site.linears[0].kind}: its calibration inputs are not finite; "
                 "run with --dtype float32 or check the model's weights"

@@ -37,7 +37,7 @@ from prune_llm.checkpoint import (
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS, Problem, Solution
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
-from prune_llm.statistics import InputStatistics, Needs, disable_tf32
+from prune_llm.statistics import InputStatistics, Needs, all_finite, disable_tf32
 from prune_llm.verification import verify
 
 FORMATS = ("dense",)
@@ -378,7 +378,7 @@ def _warn_rank(job: _Job, name: str, statistics: InputStatistics | None, needs: 
 
 def _check_finite(linears: tuple[arch.Linear, ...], weights: tuple[Tensor, ...]) -> None:
     for linear, weight_OI in zip(linears, weights, strict=True):
-        if not bool(torch.isfinite(weight_OI).all()):
+        if not all_finite(weight_OI):
             raise ValueError(f"{linear.weight_name}: holds NaN or infinite weights")
 
 
@@ -387,7 +387,7 @@ def _stored(job: _Job, linear: arch.Linear, disk_name: str, solution: Solution) 
     dtype = DTYPES[job.checkpoint.tensors[disk_name].dtype]
     stored = linear.from_OI(solution.weight_OI).to(dtype).contiguous()
     stored = stored + 0.0  # -0.0 + 0.0 is +0.0
-    if not bool(torch.isfinite(stored).all()):
+    if not all_finite(stored):
         raise ValueError(f"{linear.weight_name}: its updated weights overflow {dtype}")
     return stored
 

@@ -89,6 +89,14 @@ class LayerError:
     tokens: int
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite: by the extremes, which NaN passes into."""
+    if values.numel() == 0:
+        return True
+    low, high = values.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 class _GramSum:
     """G += X^T X, only the blocks on and below the diagonal: half the work of the full product."""
 

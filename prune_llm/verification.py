@@ -10,6 +10,7 @@ from torch import Tensor
 from prune_llm.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from prune_llm.masks import Pattern, pruned_per_row
 from prune_llm.report import LinearResult
+from prune_llm.statistics import all_finite
 
 
 class VerificationError(RuntimeError):
@@ -47,7 +48,7 @@ def verify(directory: Path, source: Checkpoint, results: list[LinearResult]) -> 
 def _check_pruned(stored: Tensor, result: LinearResult) -> None:
     weight_OI = stored.T if result.transposed else stored
     zero_OI = weight_OI == 0
-    if not bool(torch.isfinite(weight_OI).all()):
+    if not all_finite(weight_OI):
         raise VerificationError(f"{result.tensor}: holds NaN or infinite weights")
     if bool((zero_OI & torch.signbit(weight_OI)).any()):
         raise VerificationError(f"{result.tensor}: holds -0.0")

@@ -4,7 +4,7 @@ Text is tokenised, put into consecutive windows of T tokens, and each window is 
 first token of a window is context only, so S windows predict S * (T - 1) tokens. This token_ppl
 is not the word_ppl of lm-eval, and depends on T: only equal T compare.
 
-Shape letters: S = windows, T = tokens, V = vocabulary.
+Shape letters: S = windows, B = windows of a batch, T = tokens, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -66,22 +66,28 @@ def compare(
     ``against_first``: the first model is the dense one; KL and flips of the others refer to it.
     """
     scores: list[list[_Score]] = [[] for _ in models]
-    for number, ids_T in enumerate(windows_ST):
-        dense_TV: Tensor | None = None
+    vocabulary = models[0].config.get_text_config(decoder=True).vocab_size
+    batch_size = max(1, LOGITS // (windows_ST.shape[1] * vocabulary))
+    for ids_BT in windows_ST.split(batch_size):
+        dense_BTV: Tensor | None = None
         for model, own in zip(models, scores, strict=True):
-            logits_TV = _logits(model, ids_T)
-            own.append(_score(logits_TV, dense_TV, ids_T[1:].to(logits_TV.device)))
-            if against_first and dense_TV is None:
-                dense_TV = logits_TV
+            logits_BTV = _logits(model, ids_BT)
+            own += _scores(logits_BTV, dense_BTV, ids_BT[:, 1:].to(logits_BTV.device))
+            if against_first and dense_BTV is None:
+                dense_BTV = logits_BTV
         if on_window is not None:
-            on_window(number + 1, len(windows_ST))
+            on_window(len(scores[0]), len(windows_ST))
     return [_quality(own, windows_ST.shape[1]) for own in scores]
 
 
-def _logits(model: PreTrainedModel, ids_T: Tensor) -> Tensor:
-    """Predictions of tokens 1 to T - 1, float32 [T - 1, V]."""
-    logits = model(input_ids=ids_T[None].to(model.device), use_cache=False).logits
-    return logits[0, :-1].float()  # type: ignore[no-any-return]
+# logits held at once for each model, 4 bytes each
+LOGITS = 1 << 23
+
+
+def _logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Predictions of tokens 1 to T - 1, float32 [B, T - 1, V]."""
+    logits: Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+    return logits[:, :-1].float()
 
 
 @dataclass(frozen=True)
@@ -94,15 +100,19 @@ class _Score:
     tokens: int
 
 
-def _score(logits_TV: Tensor, dense_TV: Tensor | None, targets_T: Tensor) -> _Score:
-    log_probs_TV = functional.log_softmax(logits_TV, dim=-1)
-    nll = -log_probs_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64)
-    if dense_TV is None:
-        return _Score(float(nll), None, None, len(targets_T))
-    dense_log_probs_TV = functional.log_softmax(dense_TV, dim=-1)
-    kl = (dense_log_probs_TV.exp() * (dense_log_probs_TV - log_probs_TV)).sum(dtype=torch.float64)
-    flips = (logits_TV.argmax(-1) != dense_TV.argmax(-1)).sum()
-    return _Score(float(nll), float(kl), int(flips), len(targets_T))
+def _scores(logits_BTV: Tensor, dense_BTV: Tensor | None, targets_BT: Tensor) -> list[_Score]:
+    """One score for each window of the batch."""
+    tokens = targets_BT.shape[1]
+    logs_BTV = functional.log_softmax(logits_BTV, dim=-1)
+    picked_BT = logs_BTV.gather(2, targets_BT[:, :, None])[:, :, 0]
+    nlls = (-picked_BT.sum(dim=1, dtype=torch.float64)).tolist()
+    if dense_BTV is None:
+        return [_Score(nll, None, None, tokens) for nll in nlls]
+    dense_logs_BTV = functional.log_softmax(dense_BTV, dim=-1)
+    kl_BT = (dense_logs_BTV.exp() * (dense_logs_BTV - logs_BTV)).sum(dim=-1)
+    kls = kl_BT.sum(dim=1, dtype=torch.float64).tolist()
+    flips = (logits_BTV.argmax(-1) != dense_BTV.argmax(-1)).sum(dim=1).tolist()
+    return [_Score(*sums, tokens) for sums in zip(nlls, kls, flips, strict=True)]
 
 
 def _quality(scores: list[_Score], seq_len: int) -> Quality:
