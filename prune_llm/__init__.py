@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from prune_llm.convert import export as export
+from prune_llm.convert import info as info
 from prune_llm.masks import Pattern as Pattern
 from prune_llm.prune import Progress as Progress
 from prune_llm.prune import PruneConfig as PruneConfig
 from prune_llm.prune import prune as prune
+from prune_llm.registration import register_when_imported
 from prune_llm.report import PruneReport as PruneReport
 
+if TYPE_CHECKING:
+    from prune_llm.integration import load as load
+
 __version__ = "0.1.0"
+
+# from here on AutoModelForCausalLM.from_pretrained() loads sparse directories
+register_when_imported()
+
+
+def __getattr__(name: str) -> object:
+    if name == "load":  # imports transformers, which importing prune_llm must not
+        from prune_llm.integration import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

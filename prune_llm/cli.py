@@ -18,7 +18,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from prune_llm import __version__
-from prune_llm.cli_tables import print_prune_report, print_quality
+from prune_llm.cli_tables import print_info, print_prune_report, print_quality
 from prune_llm.methods import METHODS
 from prune_llm.prune import FORMATS, Progress, PruneConfig, prune
 
@@ -154,6 +154,46 @@ def eval_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: bar.update(
             task, total=total, completed=done, description=what
         )
+
+
+@main.command("export")
+@click.argument("model")
+@click.option("-o", "--output", required=True, help="Directory to write; must not exist yet.")
+@click.option(
+    "--format",
+    "format_",
+    default="dense",
+    show_default=True,
+    help="dense (plain zeros, loads everywhere) or sparse (packed).",
+)
+def export_command(model: str, output: str, format_: str) -> None:
+    """Write MODEL in the other form, bit for bit."""
+    from prune_llm.convert import export
+
+    with Bar(console=errors, transient=True) as bar:
+        task = bar.add_task(f"writing the {format_} form", total=None)
+        export(
+            model,
+            output,
+            format_,
+            lambda done, total: bar.update(task, total=total, completed=done),
+        )
+    console.print(f"wrote [bold]{output}[/]; every tensor read back identical", soft_wrap=True)
+
+
+@main.command("info")
+@click.argument("model")
+@click.option("--verify", is_flag=True, help="Read and check every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def info_command(model: str, verify: bool, as_json: bool) -> None:
+    """What the checkpoint MODEL holds: form, pattern, sparsity, bytes, origin."""
+    from prune_llm.convert import info
+
+    found = info(model, verify)
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+    else:
+        print_info(console, found)
 
 
 @main.command("demo")

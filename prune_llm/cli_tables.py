@@ -11,11 +11,13 @@ from rich.table import Table
 from prune_llm.report import KindResult, PruneReport
 
 if TYPE_CHECKING:
+    from prune_llm.convert import CheckpointInfo, KindInfo
     from prune_llm_eval.compare import ModelQuality
 
 KIND_COLUMNS = ("linears", "n", "asked", "achieved", "error", "solving", "before", "after")
 
 
+INFO_COLUMNS = ("linears", "n", "packed", "weights", "sparsity", "dense", "on disk")
 QUALITY_COLUMNS = ("model", "token_ppl", "nats/token", "KL", "flipped", "zeros", "on disk")
 
 
@@ -65,6 +67,47 @@ def _kind_cells(kind: KindResult) -> list[str]:
         f"{kind.seconds:.2f} s",
         size(kind.bytes_before),
         size(kind.bytes_after),
+    ]
+
+
+def print_info(console: Console, found: CheckpointInfo) -> None:
+    """Pattern and bytes per kind of linear, where it comes from, and what was verified."""
+    version = f" (version {found.format_version})" if found.format_version is not None else ""
+    title = f"{found.format} form{version}, pattern {found.pattern or 'unknown'}"
+    table = _table(title, INFO_COLUMNS)
+    for kind in found.kinds:
+        table.add_row(*_info_cells(kind))
+    total = found.total
+    if total is not None:
+        table.add_section()
+        table.add_row(*_info_cells(total))
+    console.print(table)
+    share = found.bytes_stored / found.bytes_dense
+    console.print(
+        f"all tensors: {size(found.bytes_stored)}, {share:.1%} of {size(found.bytes_dense)} dense"
+    )
+    if found.levels:
+        console.print(f"activation levels: {', '.join(found.levels)}")
+    if found.provenance:
+        settings = found.provenance.get("config", {})
+        console.print(
+            f"pruned from {found.provenance.get('model')} by {settings.get('method')}, source "
+            f"sha256 {str(found.provenance.get('model_sha256'))[:16]}",
+            soft_wrap=True,
+        )
+    if found.verified is not None:
+        console.print(f"[green]verified[/]: {found.verified} tensors read and checked")
+
+
+def _info_cells(kind: KindInfo) -> list[str]:
+    return [
+        kind.kind,
+        str(kind.count),
+        str(kind.packed),
+        str(kind.weights),
+        f"{kind.sparsity:.2%}",
+        size(kind.bytes_dense),
+        size(kind.bytes_stored),
     ]
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,10 +37,11 @@ from prune_llm.checkpoint import (
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS, Problem, Solution
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
+from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, all_finite, disable_tf32
 from prune_llm.verification import verify
 
-FORMATS = ("dense",)
+FORMATS = ("dense", "sparse")
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
 # memory small; narrow models need more to outweigh the cost of a call
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS, BATCH_VALUES = 512, 4096, 1 << 19
@@ -66,7 +67,7 @@ class PruneConfig:
         column_block: columns SparseGPT updates together.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
-        format: how weights are stored: one of ``FORMATS``.
+        format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
     """
 
     method: str = "sparsegpt"
@@ -83,7 +84,7 @@ class PruneConfig:
     column_block: int = 128
     batch_size: int | None = None
     ignore: tuple[str, ...] = ()
-    format: str = "dense"
+    format: str = "sparse"
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, tuple(METHODS))
@@ -140,6 +141,8 @@ def prune(
     return_freed_memory()
     with Staging(Path(output)) as staging, disable_tf32():
         job = _Job.open(model, config, device, on_progress)
+        if config.format == "sparse":
+            job.writer = SparseWriter(staging.directory, Pattern.parse(config.pattern))
         for block in job.walk():
             _prune_block(job, block, staging.directory)
         _write(job, staging.directory)
@@ -178,6 +181,7 @@ class _Job:
     on_progress: OnProgress | None
     linears: list[LinearResult] = field(default_factory=list)
     parts: dict[str, StoredTensor] = field(default_factory=dict)
+    writer: SparseWriter | None = None
     warnings: list[str] = field(default_factory=list)
     done: int = 0
 
@@ -241,6 +245,7 @@ class _Job:
                 "nothing was pruned: every linear of every block is ignored "
                 f"({', '.join(self.config.ignore)}) or tied"
             )
+        pruned = {result.tensor for result in self.linears}
         return PruneReport(
             model=str(self.checkpoint.directory),
             output=output,
@@ -250,8 +255,8 @@ class _Job:
             environment=environment(self.device, self.dtype),
             linears=self.linears,
             bytes_before=self.checkpoint.nbytes,
-            bytes_after=sum(self.parts[n].nbytes for n in self.parts)
-            + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in self.parts),
+            bytes_after=sum(result.bytes_after for result in self.linears)
+            + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),
             seconds=seconds,
             peak_memory=peak_memory(self.device),
             warnings=self.warnings,
@@ -361,8 +366,17 @@ def _prune_block(job: _Job, block: Block, directory: Path) -> None:
             )
             job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
     if tensors:
-        job.parts |= save_part(directory / f"block-{block.index:05d}.part", tensors)
+        _save(job, block.index, tensors, directory)
     job.tick(block.index, "pruned")
+
+
+def _save(job: _Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Put the pruned weights of one block on disk, by their names there."""
+    if job.writer is None:
+        job.parts |= save_part(directory / f"block-{index:05d}.part", tensors)
+        return
+    sizes = job.writer.add(tensors, [r.tensor for r in job.linears if r.transposed])
+    job.linears = [replace(r, bytes_after=sizes.get(r.tensor, r.bytes_after)) for r in job.linears]
 
 
 def _warn_rank(job: _Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
@@ -394,6 +408,9 @@ def _stored(job: _Job, linear: arch.Linear, disk_name: str, solution: Solution) 
 
 def _write(job: _Job, directory: Path) -> None:
     """Collect pruned and untouched tensors into shards, and copy what travels with them."""
+    if job.writer is not None:
+        job.writer.finish(job.checkpoint)
+        return
     write_shards(
         directory,
         [job.parts.get(name, tensor) for name, tensor in job.checkpoint.tensors.items()],

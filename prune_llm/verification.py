@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prune_llm.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from prune_llm.checkpoint import DTYPES, Checkpoint, StoredTensor
 from prune_llm.masks import Pattern, pruned_per_row
 from prune_llm.report import LinearResult
+from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.statistics import all_finite
 
 
@@ -18,7 +19,7 @@ class VerificationError(RuntimeError):
 
 
 def verify(directory: Path, source: Checkpoint, results: list[LinearResult]) -> dict[str, int]:
-    """Check every tensor of a dense-format checkpoint against its source and the results.
+    """Check every tensor of a checkpoint of either form against its source and the results.
 
     Pruned linears: pattern and count, all finite, no -0.0, dtype and shape. All others: the
     source's bytes. Names: exactly the source's. Returns how many of each were checked.
@@ -26,22 +27,27 @@ def verify(directory: Path, source: Checkpoint, results: list[LinearResult]) -> 
     Raises:
         VerificationError: naming the first tensor that fails.
     """
-    written = open_checkpoint(directory)
-    if written.tensors.keys() != source.tensors.keys():
-        different = sorted(written.tensors.keys() ^ source.tensors.keys())
+    written = open_stored(directory)
+    names = set(written.names)
+    if names != source.tensors.keys():
+        different = sorted(names ^ source.tensors.keys())
         raise VerificationError(f"tensor names differ from the source, first {different[0]!r}")
     pruned = {result.tensor: result for result in results}
-    for name, tensor in written.tensors.items():
-        original = source.tensors[name]
-        if (tensor.dtype, tensor.shape) != (original.dtype, original.shape):
-            raise VerificationError(f"{name}: dtype or shape changed")
+    for name, original in source.tensors.items():
         if name in pruned:
-            _check_pruned(tensor.read(), pruned[name])
-        elif not _same_bytes(tensor, original):
+            stored = written.read(name)
+            if (stored.dtype, tuple(stored.shape)) != (DTYPES[original.dtype], original.shape):
+                raise VerificationError(f"{name}: dtype or shape changed")
+            _check_pruned(stored, pruned[name])
+            continue
+        tensor = written.plain.get(name)
+        if tensor is None or (tensor.dtype, tensor.shape) != (original.dtype, original.shape):
+            raise VerificationError(f"{name}: dtype or shape changed")
+        if not _same_bytes(tensor, original):
             raise VerificationError(f"{name}: was to be left alone and its bytes changed")
     return {
         "linears_checked": len(pruned),
-        "tensors_identical": len(written.tensors) - len(pruned),
+        "tensors_identical": len(names) - len(pruned),
     }
 
 

@@ -18,9 +18,10 @@ from prune_llm.calibration import (
     read_documents,
     tokenize,
 )
-from prune_llm.checkpoint import Checkpoint, open_checkpoint
 from prune_llm.demo import stories
 from prune_llm.prune import select_device
+from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
+from prune_llm.sparse_linear import SparseLinear
 from prune_llm_eval.perplexity import Quality, compare
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def evaluate_all(
     models: list[str], config: EvalConfig, on_progress: OnProgress
 ) -> list[ModelQuality]:
     """Score several models on one text; the first of several is the dense one."""
-    checkpoints = [open_checkpoint(model) for model in models]
+    checkpoints = [open_stored(model) for model in models]
     windows_ST = _windows(checkpoints[0], config)
     for model, checkpoint in zip(models[1:], checkpoints[1:], strict=True):
         if not torch.equal(_windows(checkpoint, config), windows_ST):
@@ -101,7 +102,7 @@ def evaluate_all(
     ]
 
 
-def _windows(checkpoint: Checkpoint, config: EvalConfig) -> Tensor:
+def _windows(checkpoint: SparseCheckpoint, config: EvalConfig) -> Tensor:
     context = checkpoint.config.get("max_position_embeddings")
     seq_len = config.seq_len or min(2048, context if isinstance(context, int) else 2048)
     tokenizer = load_tokenizer(checkpoint.directory)
@@ -115,20 +116,22 @@ def _documents(config: EvalConfig) -> list[str]:
     return read_documents(config.text, config.separator)
 
 
-def _load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _load(checkpoint: SparseCheckpoint, dtype: str, device: torch.device) -> PreTrainedModel:
     from transformers.utils import logging
 
+    from prune_llm.integration import load
+
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory, dtype="auto" if dtype == "auto" else RUN_DTYPES[dtype]
-    )
+    model = load(checkpoint.directory, dtype=None if dtype == "auto" else RUN_DTYPES[dtype])
     return model.to(device).eval()
 
 
 def zeros_share(model: PreTrainedModel) -> float:
     """Share of exact zeros in the linears of the decoder blocks, as the model holds them."""
     weights = [linear.weight for linear in block_linears(model)]
+    packed = [module for module in model.modules() if isinstance(module, SparseLinear)]
     total = sum(weight.numel() for weight in weights)
-    nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    total += sum(module.in_features * module.out_features for module in packed)
+    stored = [*weights, *(module.packed_weight().packed for module in packed)]
+    nonzero = sum(int(torch.count_nonzero(weight)) for weight in stored)
     return 1 - nonzero / total if total else 0.0

@@ -117,7 +117,13 @@ def test_family_prunes_and_reloads(name: str, method: str, corpus: Path, tmp_pat
 
     directory = save_model(tmp_path / "model", family(name)[0])
     settings = PruneConfig(
-        method=method, calibration=str(corpus), samples=6, seq_len=32, device="cpu", pattern="2:4"
+        method=method,
+        calibration=str(corpus),
+        samples=6,
+        seq_len=32,
+        device="cpu",
+        pattern="2:4",
+        format="dense",
     )
     report = prune(directory, settings, tmp_path / "out")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -131,7 +137,9 @@ def test_family_prunes_and_reloads(name: str, method: str, corpus: Path, tmp_pat
 def test_conv1d_groups_run_along_its_inputs(tmp_path: Path, corpus: Path) -> None:
     """GPT-2 stores [I, O]: groups of four inputs are four consecutive rows on disk."""
     directory = save_model(tmp_path / "model", family("gpt2")[0])
-    prune(directory, PruneConfig(method="magnitude", pattern="1:4"), tmp_path / "out")
+    prune(
+        directory, PruneConfig(method="magnitude", pattern="1:4", format="dense"), tmp_path / "out"
+    )
     stored = open_checkpoint(tmp_path / "out").tensors
     weight_IO = next(t for n, t in stored.items() if n.endswith("h.0.attn.c_attn.weight")).read()
     kept = (weight_IO != 0).reshape(-1, 4, weight_IO.shape[1]).sum(1)

@@ -21,7 +21,13 @@ from prune_llm.verification import VerificationError, pattern_violation, verify
 
 
 def config(corpus: Path, **changes: Any) -> PruneConfig:
-    settings = {"calibration": str(corpus), "samples": 8, "seq_len": 64, "device": "cpu"}
+    settings = {
+        "calibration": str(corpus),
+        "samples": 8,
+        "seq_len": 64,
+        "device": "cpu",
+        "format": "dense",
+    }
     return PruneConfig(**{**settings, **changes})
 
 
@@ -118,7 +124,9 @@ def test_batch_size_does_not_matter(
 
 
 def test_magnitude_needs_no_data(tiny_llama: Path, tmp_path: Path) -> None:
-    report = prune(tiny_llama, PruneConfig(method="magnitude", device="cpu"), tmp_path / "out")
+    report = prune(
+        tiny_llama, PruneConfig(method="magnitude", device="cpu", format="dense"), tmp_path / "out"
+    )
     assert report.calibration is None
     assert all(result.error is None for result in report.linears)
 
@@ -338,3 +346,28 @@ class TestBadInput:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match="device 'cuda': this machine has 0 CUDA"):
             prune(tiny_llama, config(corpus, device="cuda"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_sparse_form_is_the_default_and_holds_the_same_model(
+    pattern: str, tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The packed checkpoint is smaller, exports to the dense one, and predicts the same."""
+    from prune_llm import export, load
+    from prune_llm.sparse_checkpoint import open_sparse
+
+    assert PruneConfig().format == "sparse"
+    prune(tiny_llama, config(corpus, pattern=pattern), tmp_path / "dense")
+    report = prune(
+        tiny_llama, config(corpus, pattern=pattern, format="sparse"), tmp_path / "packed"
+    )
+    assert report.bytes_after < 0.8 * report.bytes_before
+    assert not (tmp_path / "packed" / "model.safetensors").exists()
+    assert set(open_sparse(tmp_path / "packed").names) == set(read_all(tiny_llama))
+    export(tmp_path / "packed", tmp_path / "back", "dense")
+    assert (
+        open_checkpoint(tmp_path / "back").sha256() == open_checkpoint(tmp_path / "dense").sha256()
+    )
+    with torch.no_grad():
+        packed = load(tmp_path / "packed")(torch.arange(40)[None]).logits
+    torch.testing.assert_close(packed, logits(tmp_path / "dense"), rtol=1e-4, atol=1e-4)

@@ -69,6 +69,7 @@ def pruned_perplexity(
         seq_len=512,
         sampling="first",
         device="cpu",
+        format="dense",
     )
     prune(reference / "stories260k", config, output)
     return perplexity(output, windows_ST)

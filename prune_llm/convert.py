@@ -1,0 +1,331 @@
+"""Between the dense and the sparse form of a checkpoint, both ways, and what a directory holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_llm.blocks import return_freed_memory
+from prune_llm.checkpoint import (
+    DTYPES,
+    REPORT_FILE,
+    Checkpoint,
+    Staging,
+    _read_config,
+    locate,
+    open_checkpoint,
+    save_part,
+    write_shards,
+)
+from prune_llm.format import DTYPES as PACKABLE
+from prune_llm.format import PACKED
+from prune_llm.masks import Pattern
+from prune_llm.sparse_checkpoint import (
+    SparseCheckpoint,
+    SparseWriter,
+    finish_directory,
+    is_sparse,
+    open_sparse,
+    open_stored,
+)
+
+FORMATS = ("dense", "sparse")
+# "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"
+BLOCK_WEIGHT = re.compile(r"(?:^|\.)\d+\.(.+)\.weight$")
+
+
+OnProgress = Callable[[int, int], None]
+
+
+def export(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format: str = "dense",
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Write ``model`` in the other form; every tensor is read back and compared, bit for bit.
+
+    One weight is in memory at a time. The output appears when it is complete.
+
+    Args:
+        model: a directory that `prune` wrote, or any dense checkpoint with zeros in its linears.
+        output: directory to write; must not exist yet.
+        format: "dense" (plain zeros, loads everywhere) or "sparse" (packed).
+        on_progress: called with the weights done and their number.
+
+    Raises:
+        ValueError: a bad format, model or output, or a model that has the form already.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: unknown; choose one of {', '.join(FORMATS)}")
+    directory = locate(model)
+    if is_sparse(_read_config(directory)) == (format == "sparse"):
+        raise ValueError(f"{directory}: is in the {format} form already; copy it instead")
+    return_freed_memory()
+    with Staging(Path(output)) as staging:
+        if format == "sparse":
+            dense = open_checkpoint(directory)
+            _write_sparse(dense, staging.directory, on_progress)
+            _compare(open_sparse(staging.directory), dense)
+        else:
+            sparse = open_sparse(directory)
+            _write_dense(sparse, staging.directory, on_progress)
+            _compare(sparse, open_checkpoint(staging.directory))
+        staging.publish()
+
+
+def _compare(sparse: SparseCheckpoint, dense: Checkpoint) -> None:
+    """Both hold the same tensors; what was written is read back from the disk."""
+    if set(sparse.names) != dense.tensors.keys():
+        different = sorted(set(sparse.names) ^ dense.tensors.keys())
+        raise RuntimeError(f"tensor names differ after writing, first {different[0]!r}")
+    for name, tensor in dense.tensors.items():
+        one, other = sparse.read(name), tensor.read()
+        if one.dtype != other.dtype or one.shape != other.shape or not _same_bits(one, other):
+            raise RuntimeError(f"{name}: differs after writing: a bug, or a broken disk")
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _write_dense(source: SparseCheckpoint, directory: Path, on_progress: OnProgress | None) -> None:
+    tensors = dict(source.plain)
+    for index, name in enumerate(source.packed):
+        part = directory / f"weight-{index:06d}.part"
+        tensors |= save_part(part, {name: source.read(name)})
+        _tell(on_progress, index + 1, len(source.packed))
+    write_shards(directory, [tensors[name] for name in sorted(tensors)])
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    finish_directory(source.directory, directory, config)
+
+
+def _write_sparse(source: Checkpoint, directory: Path, on_progress: OnProgress | None) -> None:
+    linears = pruned_linears(source)
+    writer = SparseWriter(directory, common_pattern(linears))
+    for done, linear in enumerate(linears, 1):
+        stored = source.tensors[linear.tensor].read()
+        writer.add({linear.tensor: stored}, [linear.tensor] if linear.transposed else [])
+        _tell(on_progress, done, len(linears))
+    if not writer.packed:
+        raise ValueError(
+            f"{source.directory}: packing makes none of its {len(linears)} linears smaller; "
+            "prune it first, or keep it dense"
+        )
+    writer.finish(source)
+
+
+def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
+    if on_progress is not None:
+        on_progress(done, total)
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """A weight to pack: its name on disk, its pattern if known, whether disk has it as [I, O]."""
+
+    tensor: str
+    pattern: str | None
+    transposed: bool
+    nonzero: int | None = None
+
+
+def pruned_linears(source: Checkpoint) -> list[PrunedLinear]:
+    """What `prune` says it pruned, or for checkpoints of others every linear of every block."""
+    report = read_report(source.directory)
+    if report:
+        return [linear for linear in _reported(report) if linear.tensor in source.tensors]
+    from prune_llm import architecture
+
+    model = architecture.build(source.directory, source.tensors)
+    return [
+        PrunedLinear(model.disk_names[linear.weight_name], None, linear.transposed)
+        for index in range(len(model.blocks))
+        for linear in model.linears(index)
+        if DTYPES[source.tensors[model.disk_names[linear.weight_name]].dtype] in PACKABLE
+    ]
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """prune_report.json, or an empty table where there is none."""
+    file = directory / REPORT_FILE
+    if not file.is_file():
+        return {}
+    try:
+        report = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(report, dict) or not isinstance(report.get("linears"), list):
+        raise ValueError(f"{file}: is not a report of prune; remove it or get it again")
+    return report
+
+
+def _reported(report: dict[str, Any]) -> Iterator[PrunedLinear]:
+    for entry in report["linears"]:
+        try:
+            tensor, pattern = str(entry["tensor"]), str(entry["pattern"])
+            yield PrunedLinear(tensor, pattern, bool(entry["transposed"]), int(entry["nonzero"]))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{REPORT_FILE}: an entry of linears is malformed") from None
+
+
+def common_pattern(linears: list[PrunedLinear]) -> Pattern | None:
+    """The pattern of all linears; None where they differ or it is unknown."""
+    texts = {linear.pattern for linear in linears}
+    only = texts.pop() if len(texts) == 1 else None
+    return None if only is None else Pattern.parse(only)
+
+
+@dataclass(frozen=True)
+class KindInfo:
+    """Linears of one kind over all blocks. ``bytes_stored``: as they lie on disk."""
+
+    kind: str
+    count: int
+    packed: int
+    weights: int
+    zeros: int
+    bytes_dense: int
+    bytes_stored: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights
+
+    def __add__(self, other: KindInfo) -> KindInfo:
+        return KindInfo(
+            self.kind,
+            self.count + other.count,
+            self.packed + other.packed,
+            self.weights + other.weights,
+            self.zeros + other.zeros,
+            self.bytes_dense + other.bytes_dense,
+            self.bytes_stored + other.bytes_stored,
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint directory holds.
+
+    Attributes:
+        format: "sparse" or "dense"; format_version: of the sparse form.
+        pattern: as the checkpoint or its report says; None where neither does.
+        kinds: linears of the blocks; a packed weight's zeros are those its mask leaves out.
+        bytes_dense, bytes_stored: of all tensors, embeddings included.
+        levels: names of the activation levels.
+        provenance: who pruned it from what, out of prune_report.json; empty without one.
+        verified: tensors read and checked; None when it was not asked for.
+    """
+
+    directory: str
+    format: str
+    format_version: int | None
+    pattern: str | None
+    kinds: list[KindInfo]
+    bytes_dense: int
+    bytes_stored: int
+    levels: list[str]
+    provenance: dict[str, Any]
+    verified: int | None = None
+
+    @property
+    def total(self) -> KindInfo | None:
+        """All linears of the blocks; None where there are none."""
+        total = None
+        for kind in self.kinds:
+            total = kind if total is None else total + kind
+        return None if total is None else replace(total, kind="total")
+
+
+def info(model: str | os.PathLike[str], verify: bool = False) -> CheckpointInfo:
+    """Describe a checkpoint directory in either form.
+
+    Args:
+        verify: read every tensor: packed ones are checked completely, all must be finite, and the
+            counts must be those of the report.
+
+    Raises:
+        ValueError: not a checkpoint, damaged, or what `verify` found, naming the tensor.
+    """
+    checkpoint = open_stored(model)
+    report = read_report(checkpoint.directory)
+    sparse = is_sparse(checkpoint.config)
+    verified = _verify(checkpoint, report) if verify else None
+    patterns = {linear.pattern for linear in _reported(report)} if report else set()
+    reported = patterns.pop() if len(patterns) == 1 else None
+    dense_nbytes = sum(weight.dense_nbytes for weight in checkpoint.packed.values())
+    return CheckpointInfo(
+        directory=str(checkpoint.directory),
+        format="sparse" if sparse else "dense",
+        format_version=checkpoint.form.format_version if sparse else None,
+        pattern=checkpoint.form.pattern if sparse else reported,
+        kinds=_kinds(checkpoint),
+        bytes_dense=dense_nbytes + sum(tensor.nbytes for tensor in checkpoint.plain.values()),
+        bytes_stored=checkpoint.nbytes,
+        levels=_levels(checkpoint.form.activation),
+        provenance=_provenance(report),
+        verified=verified,
+    )
+
+
+def _levels(activation: dict[str, Any]) -> list[str]:
+    levels = activation.get("levels", [])
+    return [str(level["name"] if isinstance(level, dict) else level) for level in levels]
+
+
+def _kinds(checkpoint: SparseCheckpoint) -> list[KindInfo]:
+    found: dict[str, KindInfo] = {}
+    for name, tensor in checkpoint.plain.items():
+        kind = BLOCK_WEIGHT.search(name)
+        if kind is not None and len(tensor.shape) == 2 and DTYPES[tensor.dtype] in PACKABLE:
+            weight = tensor.read()
+            zeros = weight.numel() - int(torch.count_nonzero(weight))
+            size = tensor.nbytes
+            _add(found, KindInfo(kind[1], 1, 0, weight.numel(), zeros, size, size))
+    for packed in checkpoint.packed.values():
+        kind = BLOCK_WEIGHT.search(packed.name)
+        weights = packed.shape_OI[0] * packed.shape_OI[1]
+        zeros, label = weights - packed.kept, kind[1] if kind else packed.name
+        _add(found, KindInfo(label, 1, 1, weights, zeros, packed.dense_nbytes, packed.nbytes))
+    return list(found.values())
+
+
+def _add(found: dict[str, KindInfo], one: KindInfo) -> None:
+    found[one.kind] = found[one.kind] + one if one.kind in found else one
+
+
+def _provenance(report: dict[str, Any]) -> dict[str, Any]:
+    keys = ("model", "model_sha256", "config", "calibration", "environment", "warnings")
+    return {key: report[key] for key in keys if key in report}
+
+
+def _verify(checkpoint: SparseCheckpoint, report: dict[str, Any]) -> int:
+    """Read and check everything; returns the number of tensors."""
+    nonzero = {x.tensor: x.nonzero for x in _reported(report)} if report else {}
+    missing = sorted(nonzero.keys() - set(checkpoint.names))
+    if missing:
+        raise ValueError(f"{missing[0]}: is in {REPORT_FILE} and not in the checkpoint")
+    for name, tensor in checkpoint.plain.items():
+        _check_values(name, tensor.read(), nonzero.get(name))
+    for name, weight in checkpoint.packed.items():
+        _check_values(name, weight.read(checkpoint.pattern)[PACKED], nonzero.get(name))
+    return len(checkpoint.names)
+
+
+def _check_values(name: str, values: Tensor, nonzero: int | None) -> None:
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{name}: holds NaN or infinite values")
+    if nonzero is not None and int(torch.count_nonzero(values)) != nonzero:
+        raise ValueError(
+            f"{name}: has {int(torch.count_nonzero(values))} weights that are not zero, "
+            f"{REPORT_FILE} says {nonzero}"
+        )
