@@ -24,6 +24,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python eval/bench/bench_prune.py
+	$(BIN)/python kernels/bench/bench_linear.py --quick
 
 # torch alone and first: a range would bring gigabytes of CUDA libraries to a machine without a GPU
 $(READY): pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)
