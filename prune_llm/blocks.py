@@ -26,7 +26,7 @@ from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm_kernels import tokens
 
 # tokens on which the layer error is measured
-ERROR_TOKENS = 256
+ERROR_TOKENS = 128
 
 Tick = Callable[[int, str], None]
 

@@ -65,7 +65,7 @@ class LinearResult:
         error: LayerError | None,
         seconds: float,
     ) -> LinearResult:
-        weights, kept = stored.numel(), int(solution.keep_OI.sum())
+        weights, kept = stored.numel(), int(torch.count_nonzero(solution.keep_OI))
         return cls(
             name=linear.name,
             tensor=tensor,

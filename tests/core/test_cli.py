@@ -78,7 +78,14 @@ def test_a_stopped_run_leaves_nothing(
     command = [sys.executable, "-m", "prune_llm", "prune", str(tiny_llama), "-o", "out",
                "--calibration", str(corpus), "--samples", "100", "--seq-len", "64",
                "--batch-size", "1"]  # fmt: skip
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=os.environ) as run:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
+        # a shell that started the tests in the background made them ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as run:
         deadline = time.monotonic() + 60
         while not (tmp_path / ".out.partial").is_dir() and time.monotonic() < deadline:
             time.sleep(0.02)
