@@ -54,12 +54,13 @@ class TrainConfig:
     heads: int = 4
     key_value_heads: int = 2
     positions: int = 512
-    # far above the usual 0.02: names share every context, so their tied embeddings would grow
-    # into one direction and no block could tell whom to copy
+    # far above the usual 0.02, at which the tied embeddings of names stayed almost parallel (cosine
+    # 0.8 after 4.9 million tokens); meant to keep them apart, not shown to be enough
     initializer_range: float = 0.08
     # parts of the steps: with drills, with short windows, with windows of all positions
     phases: tuple[float, float, float] = (0.4, 0.4, 0.2)
-    # without drills a model this small has not learned to repeat a name after 8 million tokens
+    # meant to teach copying; the model solves them by distance, as every period is drill_length,
+    # and still does not repeat the names of a story
     drill_rows: int = 3
     drill_length: int = 32
     short_window: int = 256  # a quarter faster than windows of all positions
@@ -132,7 +133,7 @@ def windows(tokens: Tensor, window: int, config: TrainConfig) -> Iterator[Tensor
 
 
 def drills(shape: tuple[int, int], vocabulary: int, config: TrainConfig) -> Iterator[Tensor]:
-    """Yield [B, T]: a few random tokens said again and again, which only copying can predict."""
+    """Yield [B, T]: a few random tokens said again and again, predictable only from before."""
     generator = torch.Generator().manual_seed(config.seed)
     rows, window = shape
     while True:
@@ -193,7 +194,7 @@ def build_optimizers(
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the linears, AdamW for the tied embeddings and the norms.
 
-    Muon learns rare directions as fast as common ones: to repeat a name is rare and hard.
+    After 120 steps of one try the held-out loss was 2.17 with Muon and 2.35 with AdamW alone.
     """
     linears = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
     others = [p for name, p in model.named_parameters() if not name.endswith("proj.weight")]
@@ -204,7 +205,7 @@ def build_optimizers(
 
 
 def train(model: LlamaForCausalLM, tokens: Tensor, config: TrainConfig) -> None:
-    """Train in place ; bfloat16 autocast is 1.6 times as fast as float32 on AVX-512."""
+    """Train in place; bfloat16 autocast is 1.3 times as fast as float32 on AVX-512."""
     optimizers = build_optimizers(model, config)
     model.train()
     started = time.monotonic()
