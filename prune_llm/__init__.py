@@ -12,8 +12,11 @@ from prune_llm.prune import PruneConfig as PruneConfig
 from prune_llm.prune import prune as prune
 from prune_llm.registration import register_when_imported
 from prune_llm.report import PruneReport as PruneReport
+from prune_llm.sampling import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
+    from prune_llm.generation import generate as generate
+    from prune_llm.generation import stream as stream
     from prune_llm.integration import load as load
 
 __version__ = "0.1.0"
@@ -27,4 +30,8 @@ def __getattr__(name: str) -> object:
         from prune_llm.integration import load
 
         return load
+    if name in ("generate", "stream"):
+        from prune_llm import generation
+
+        return getattr(generation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

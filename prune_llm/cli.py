@@ -196,6 +196,42 @@ def info_command(model: str, verify: bool, as_json: bool) -> None:
         print_info(console, found)
 
 
+@main.command("generate")
+@click.argument("model")
+@click.option("--prompt", required=True, help="Text to continue; '-' reads standard input.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user's message.")
+@click.option("--system", help="System message in front of it (with --chat).")
+@click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to add.")
+@click.option("--temperature", type=float, help="0: the most likely token.  [default: the model's]")
+@click.option("--top-k", type=int, help="Keep the k most likely tokens; 0: all.")
+@click.option("--top-p", type=float, help="Keep the most likely tokens of this probability.")
+@click.option("--min-p", type=float, help="Keep tokens this likely relative to the likeliest.")
+@click.option("--seed", type=int, help="Makes the draws repeatable.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; torch's choice if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole answer as JSON.")
+def generate_command(
+    model: str,
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    threads: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Continue a text with MODEL; the answer streams to standard output."""
+    from prune_llm.cli_generate import run_generate
+
+    if system is not None and not chat:
+        raise click.UsageError("--system needs --chat")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    run_generate(model, messages if chat else text, given, threads, as_json)
+
+
 @main.command("demo")
 @click.option("-o", "--output", default="out/demo", show_default=True, help="Working directory.")
 def demo_command(output: str) -> None:

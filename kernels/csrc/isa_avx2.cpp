@@ -1,7 +1,7 @@
 // AVX2, FMA and F16C. There is no expand instruction: a table turns 8 mask bits into a shuffle.
 #include <immintrin.h>
 
-#include "rows.h"
+#include "decode_loops.h"
 
 namespace {
 
@@ -161,6 +161,9 @@ const Isa kTable = {
     "avx2",
     {linear_kernel<HalfWords<BF16Lanes>>(), linear_kernel<HalfWords<F16Lanes>>(),
      linear_kernel<F32>()},
+    {decode_kernel<DecodeBF16<4>>(),
+     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 4>>(),
+     decode_kernel<DecodeF32<4>>()},
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 // AVX-512 with VBMI2 (expand of 16-bit lanes) and BF16 (dot product of bf16 pairs).
 #include "avx512.h"
+#include "decode_loops.h"
 #include "tokens.h"
 
 namespace {
@@ -64,6 +65,9 @@ const Isa kTable = {
     "avx512bf16",
     {linear_kernel<BF16>(), linear_kernel<FloatPairs<F16Lanes>>(),
      linear_kernel<FloatPairs<F32Lanes>>()},
+    {decode_kernel<DecodeBF16<8>>(),
+     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 8>>(),
+     decode_kernel<DecodeF32<8>>()},
     &gram_avx512bf16,
     &attention_avx512bf16,
 };

@@ -1,7 +1,7 @@
 // AArch64 NEON. There is no expand instruction: a table turns mask bits into a byte lookup.
 #include <arm_neon.h>
 
-#include "rows.h"
+#include "decode_loops.h"
 
 namespace {
 
@@ -144,6 +144,9 @@ struct F32 : FloatAccumulator {
 const Isa kTable = {
     "neon",
     {linear_kernel<BF16>(), linear_kernel<F16>(), linear_kernel<F32>()},
+    {decode_kernel<DecodeBF16<4>>(),
+     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 4>>(),
+     decode_kernel<DecodeF32<4>>()},
 };
 
 }  // namespace

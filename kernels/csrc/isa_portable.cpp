@@ -1,6 +1,6 @@
 // Plain C++ for any machine: the kept values of 64 columns are scattered into a buffer of floats,
 // then multiplied by loops that a compiler vectorises.
-#include "rows.h"
+#include "decode_loops.h"
 
 namespace {
 
@@ -93,6 +93,9 @@ const Isa kTable = {
     {linear_kernel<Portable<uint16_t, bf16_to_float, float_to_bf16>>(),
      linear_kernel<Portable<uint16_t, f16_to_float, float_to_f16>>(),
      linear_kernel<Portable<float, identity, identity>>()},
+    {decode_kernel<DecodeBF16<2>>(),
+     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 2>>(),
+     decode_kernel<DecodeF32<2>>()},
 };
 
 }  // namespace

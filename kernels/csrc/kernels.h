@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "decode.h"
+
 enum DType { kBF16 = 0, kF16 = 1, kF32 = 2, kDTypes = 3 };
 
 // A weight [O, I] in the stored form (bitmask != nullptr) or dense (bitmask == nullptr).
@@ -35,7 +37,8 @@ static inline int64_t mask_pitch(const Weight* w) { return (w->in_features + 7) 
 enum { kPad = 64 };
 
 // One call multiplies rows [begin, end) of the weight with `batch` prepared inputs:
-// y[m, o] = sum_i w[o, i] * x[m, i] + bias[o]; y is [batch, O], bias may be nullptr.
+// y[m, o] = sum_i w[o, i] * x[m, i] + bias[o] + addend[m, o]; y and addend are [batch, O]; bias and
+// addend may be nullptr, addend may be y.
 struct LinearArgs {
   const Weight* weight;
   const void* x;
@@ -43,6 +46,7 @@ struct LinearArgs {
   int64_t batch;
   const void* bias;
   void* y;
+  const void* addend;
   int64_t begin;
   int64_t end;
 };
@@ -65,6 +69,7 @@ struct AttentionKernel;
 struct Isa {
   const char* name;
   LinearKernel linear[kDTypes];
+  DecodeKernel decode[kDTypes];
   // products over many tokens in bfloat16 (tokens.h); nullptr: left to torch
   const GramKernel* (*gram)(void) = nullptr;
   const AttentionKernel* (*attention)(void) = nullptr;

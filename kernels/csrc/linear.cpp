@@ -176,7 +176,7 @@ void run_linear(const Isa& isa, DType dtype, int threads, const Weight& weight, 
                 int64_t batch, const void* bias, void* y) {
   const LinearKernel& kernel = isa.linear[dtype];
   const int64_t elem_bytes = dtype == kF32 ? 4 : 2;
-  LinearArgs args{&weight, x, weight.in_features, batch, bias, y, 0, 0};
+  LinearArgs args{&weight, x, weight.in_features, batch, bias, y, nullptr, 0, 0};
   if (!kernel.x_in_place || weight.in_features % kPad) {
     args.x_pitch = (weight.in_features + kPad - 1) / kPad * kPad;
     const int64_t pitch_bytes = args.x_pitch * kernel.x_bytes;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "plan.h"
 #include "threads.h"
 #include "tokens_calls.h"
 
@@ -133,6 +134,47 @@ void causal_attention(int isa, int threads, const Strided& q, const Strided& k, 
                  out_batch, out_head, reinterpret_cast<void*>(scratch)});
 }
 
+// bitmask, values, offsets, bytes of an offset, O, nnz, bias, y; bitmask 0 for a dense weight.
+using PlanWeightTuple =
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
+
+void plan_linears(Plan& plan, uintptr_t x, int64_t batch, int64_t in_features,
+                  const std::vector<PlanWeightTuple>& weights, bool accumulate) {
+  std::vector<PlanWeight> list;
+  for (const auto& [bitmask, values, offsets, offset_bytes, out_features, nnz, bias, y] : weights)
+    list.push_back({weight_at(bitmask, values, offsets, offset_bytes, out_features, in_features,
+                              nnz),
+                    at<void>(bias), reinterpret_cast<void*>(y)});
+  plan.add_linears(at<void>(x), batch, in_features, list, accumulate);
+}
+
+void plan_rms_norm(Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows,
+                   int64_t width, float eps) {
+  plan.add_rms_norm(
+      {at<void>(x), at<void>(weight), reinterpret_cast<void*>(y), rows, width, eps});
+}
+
+void plan_silu_mul(Plan& plan, uintptr_t gate, uintptr_t up, uintptr_t y, int64_t count) {
+  plan.add_silu_mul({at<void>(gate), at<void>(up), reinterpret_cast<void*>(y), count});
+}
+
+void plan_attention(Plan& plan, const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& heads,
+                    const std::tuple<uintptr_t, uintptr_t>& angles,
+                    const std::tuple<uintptr_t, uintptr_t>& cache,
+                    const std::tuple<uintptr_t, uintptr_t>& where, int64_t batch,
+                    int64_t head_count, int64_t kv_heads, int64_t head_size, int64_t rotary,
+                    int64_t capacity, int64_t slot_count, int64_t window, float scale) {
+  const auto [q, k, v, out] = heads;
+  const auto [cosine, sine] = angles;
+  const auto [keys, values] = cache;
+  const auto [slots, positions] = where;
+  plan.add_attention({reinterpret_cast<void*>(q), at<void>(k), at<void>(v), at<float>(cosine),
+                      at<float>(sine), reinterpret_cast<void*>(keys),
+                      reinterpret_cast<void*>(values), at<int64_t>(slots), at<int64_t>(positions),
+                      reinterpret_cast<void*>(out), batch, head_count, kv_heads, head_size, rotary,
+                      capacity, slot_count, window, scale});
+}
+
 }  // namespace
 
 NB_MODULE(_C, module) {
@@ -164,6 +206,22 @@ NB_MODULE(_C, module) {
              nb::arg("heads"), nb::arg("kv_heads"), nb::arg("tokens"), nb::arg("head_size"),
              nb::arg("scale"), nb::arg("scratch"), Unlocked(),
              "out = softmax(scale q k^T, causal) v over bfloat16 heads.");
+  nb::class_<Plan>(module, "Plan", "Operations over fixed buffers, replayed in one call.")
+      .def("__init__",
+           [](Plan* plan, int isa, int dtype) { new (plan) Plan(isa_at(isa), dtype_at(dtype)); },
+           nb::arg("isa"), nb::arg("dtype"))
+      .def("linears", &plan_linears, nb::arg("x"), nb::arg("batch"), nb::arg("in_features"),
+           nb::arg("weights"), nb::arg("accumulate"))
+      .def("rms_norm", &plan_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"),
+           nb::arg("rows"), nb::arg("width"), nb::arg("eps"))
+      .def("silu_mul", &plan_silu_mul, nb::arg("gate"), nb::arg("up"), nb::arg("y"),
+           nb::arg("count"))
+      .def("attention", &plan_attention, nb::arg("heads"), nb::arg("angles"), nb::arg("cache"),
+           nb::arg("where"), nb::arg("batch"), nb::arg("head_count"), nb::arg("kv_heads"),
+           nb::arg("head_size"), nb::arg("rotary"), nb::arg("capacity"), nb::arg("slots"), nb::arg("window"),
+           nb::arg("scale"))
+      .def("run", &Plan::run, nb::arg("threads"), Unlocked(),
+           "False, with nothing run, where a position or slot is outside its cache.");
   module.def("read_all", &read_buffer, nb::arg("data"), nb::arg("bytes"), nb::arg("threads"),
              Unlocked(), "The sum of a buffer's 64-bit words; for measuring read bandwidth.");
   module.def("use_huge_pages", &huge_pages, nb::arg("data"), nb::arg("bytes"), Unlocked(),

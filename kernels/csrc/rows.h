@@ -123,9 +123,14 @@ INLINE void multiply_rows(const LinearArgs* a, int64_t row, int64_t stride, int6
   UNROLL for (int r = 0; r < R; ++r) {
     const int64_t o = row + r * stride;
     const float shift = bias ? P::to_float(bias[o]) : 0.0f;
-    Elem* y = (Elem*)a->y + first_input * w->out_features + o;
-    UNROLL for (int b = 0; b < B; ++b)
-      y[b * w->out_features] = P::from_float(P::reduce(total[r][b]) + shift);
+    const int64_t at = first_input * w->out_features + o;
+    Elem* y = (Elem*)a->y + at;
+    const Elem* addend = a->addend ? (const Elem*)a->addend + at : nullptr;
+    UNROLL for (int b = 0; b < B; ++b) {
+      const int64_t m = b * w->out_features;
+      const float sum = P::reduce(total[r][b]) + shift;
+      y[m] = P::from_float(addend ? sum + P::to_float(addend[m]) : sum);
+    }
   }
 }
 

@@ -41,6 +41,37 @@ def unpack(
     begin: int,
     end: int,
 ) -> None: ...
+
+class Plan:
+    def __init__(self, isa: int, dtype: int) -> None: ...
+    def linears(
+        self,
+        x: int,
+        batch: int,
+        in_features: int,
+        weights: list[tuple[int, int, int, int, int, int, int, int]],
+        accumulate: bool,
+    ) -> None: ...
+    def rms_norm(self, x: int, weight: int, y: int, rows: int, width: int, eps: float) -> None: ...
+    def silu_mul(self, gate: int, up: int, y: int, count: int) -> None: ...
+    def attention(
+        self,
+        heads: tuple[int, int, int, int],
+        angles: tuple[int, int],
+        cache: tuple[int, int],
+        where: tuple[int, int],
+        batch: int,
+        head_count: int,
+        kv_heads: int,
+        head_size: int,
+        rotary: int,
+        capacity: int,
+        slots: int,
+        window: int,
+        scale: float,
+    ) -> None: ...
+    def run(self, threads: int) -> bool: ...
+
 def read_all(data: int, bytes: int, threads: int) -> int: ...
 def use_huge_pages(data: int, bytes: int) -> None: ...
 

@@ -4,8 +4,11 @@ The stored form is the runtime layout: row-major mask and values are read in pla
 memory (kernels/bench), and any other layout would need a copy.
 """
 
+from __future__ import annotations
+
 import functools
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ except ImportError as error:
         "the C++ kernels of prune_llm are not built; run `pip install .` in the repository, or set"
         f" PRUNE_LLM_BACKEND=reference to run without them, slowly ({error})"
     ) from error
+
+if TYPE_CHECKING:
+    from prune_llm_kernels.plan import Plan
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # up to this many rows of x the packed weight is multiplied as it is; above, a slice at a time is
@@ -62,7 +68,7 @@ def check_contents(bitmask: Tensor, packed: Tensor, offsets: Tensor | None, colu
     """Raise ValueError unless bitmask and offsets agree; reads every mask byte and offset."""
     fault, row, expected, found = _C.check(
         bitmask.data_ptr(),
-        *_offset_arguments(offsets),
+        *offset_arguments(offsets),
         bitmask.shape[0],
         columns,
         packed.numel(),
@@ -92,7 +98,8 @@ def settle(tensor: Tensor) -> None:
     _C.use_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
-def _offset_arguments(offsets: Tensor | None) -> tuple[int, int]:
+def offset_arguments(offsets: Tensor | None) -> tuple[int, int]:
+    """Address and bytes of an offset, zeros for none."""
     return (0, 0) if offsets is None else (offsets.data_ptr(), offsets.element_size())
 
 
@@ -115,7 +122,7 @@ def _unpack_rows(
         torch.get_num_threads(),
         bitmask.data_ptr(),
         packed.data_ptr(),
-        *_offset_arguments(offsets),
+        *offset_arguments(offsets),
         bitmask.shape[0],
         out.shape[1],
         packed.numel(),
@@ -149,7 +156,7 @@ def sparse_linear(
         rows,
         bitmask.data_ptr(),
         packed.data_ptr(),
-        *_offset_arguments(offsets),
+        *offset_arguments(offsets),
         O,
         columns,
         packed.numel(),
@@ -207,3 +214,10 @@ def dense_linear(
         y.data_ptr(),
     )
     return y
+
+
+def new_plan(dtype: torch.dtype) -> Plan:
+    """An empty plan; see plan.py."""
+    from prune_llm_kernels.cpu_plan import CpuPlan
+
+    return CpuPlan(dtype)

@@ -1,11 +1,17 @@
 """Which backend runs an op: one per device, or the one that PRUNE_LLM_BACKEND names."""
 
+from __future__ import annotations
+
 import functools
 import os
 from importlib import import_module
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from prune_llm_kernels.plan import Plan
 
 
 class Backend(Protocol):
@@ -31,6 +37,8 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
     def dense_linear(self, x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def new_plan(self, dtype: torch.dtype) -> Plan: ...
 
 
 # name -> module, imported at first use

@@ -7,11 +7,18 @@ the same number (N:M patterns); ``offsets`` int32 or int64 [O + 1] for the first
 Shape letters: O = output features, I = input features, K = kept per row.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from prune_llm_kernels.packed_weight import PackedWeight
+
+if TYPE_CHECKING:
+    from prune_llm_kernels.plan import Plan
 
 _BITS = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -100,3 +107,10 @@ def sparse_linear(
 def dense_linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias; x [..., I] -> y [..., O]."""
     return F.linear(x, weight_OI, bias)
+
+
+def new_plan(dtype: torch.dtype) -> Plan:
+    """An empty plan; see plan.py."""
+    from prune_llm_kernels.reference_plan import ReferencePlan
+
+    return ReferencePlan(dtype)

@@ -1,0 +1,60 @@
+// The small operations of a decode step around its linears: normalisation, rotary embedding and the
+// KV cache, attention of one new token per sequence, SwiGLU. C interface, as kernels.h.
+//
+// Shape letters: B = sequences, H = query heads, K = key-value heads, D = size of a head, R = its
+// rotated part, T = capacity of the cache in tokens, a multiple of kKeyLanes.
+#pragma once
+
+#include <stdint.h>
+
+// Keys are stored in groups of this many tokens, the tokens of a group innermost: scores then need
+// no sum across lanes. Values are stored by token, D rounded up to this many.
+enum { kKeyLanes = 16 };
+
+static inline int64_t round_to_lanes(int64_t n) {
+  return (n + kKeyLanes - 1) / kKeyLanes * kKeyLanes;
+}
+
+// y[row] = x[row] / sqrt(mean(x[row]^2) + eps) * weight; y may be x
+struct NormArgs {
+  const void* x;
+  const void* weight;  // [width]
+  void* y;
+  int64_t rows, width;
+  float eps;
+};
+
+// y = gate / (1 + e^-gate) * up; y may be gate or up
+struct GateArgs {
+  const void* gate;
+  const void* up;
+  void* y;
+  int64_t count;
+};
+
+// One new token of each sequence; a sequence with a negative position is left out, its rows of
+// `out` are zeroed.
+struct AttentionStep {
+  void* q;        // [B, H, D]; rotated in place
+  const void* k;  // [B, K, D]
+  const void* v;  // [B, K, D]
+  const float* cosine;
+  const float* sine;  // [T, R]
+  void* keys;         // [slots, K, T / kKeyLanes, D, kKeyLanes]
+  void* values;       // [slots, K, T, D rounded up]
+  const int64_t* slots;      // [B] where a sequence lies in the cache
+  const int64_t* positions;  // [B] of the new token, below T
+  void* out;                 // [B, H, D]
+  int64_t batch, heads, kv_heads, head_size, rotary, capacity, slot_count;
+  int64_t window;  // tokens a query sees, itself included; 0: all
+  float scale;
+};
+
+struct DecodeKernel {
+  void (*rms_norm)(const NormArgs* args, int64_t begin_row, int64_t end_row);
+  void (*silu_mul)(const GateArgs* args, int64_t begin, int64_t end);
+  // Rotates q and puts k and v into the cache; items are [B, H + 2 K] heads.
+  void (*store_heads)(const AttentionStep* args, int64_t begin, int64_t end);
+  // Query heads [begin, end) of all B * H; a run of heads of one group shares its reads.
+  void (*attend)(const AttentionStep* args, int64_t begin, int64_t end);
+};

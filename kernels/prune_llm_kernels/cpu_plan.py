@@ -1,0 +1,110 @@
+"""Plans of the CPU backend: recorded in C++, replayed in one call on torch's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prune_llm_kernels import _C
+from prune_llm_kernels.cpu import _DTYPE_CODES, isa_index, offset_arguments
+from prune_llm_kernels.packed_weight import PackedWeight
+from prune_llm_kernels.plan import (
+    AttentionStep,
+    check_buffer,
+    check_linears,
+    check_places,
+    check_step,
+)
+
+
+class CpuPlan:
+    """See `prune_llm_kernels.plan.Plan`. Results do not depend on the number of threads."""
+
+    def __init__(self, dtype: torch.dtype, isa: str | None = None) -> None:
+        self._dtype = dtype
+        self._plan = _C.Plan(isa_index(isa), _DTYPE_CODES[dtype])
+        self._alive: list[object] = []  # the plan holds addresses only
+        self._steps: list[AttentionStep] = []
+
+    def linears(
+        self,
+        x_BI: Tensor,
+        weights: Sequence[PackedWeight | Tensor],
+        biases: Sequence[Tensor | None],
+        outs_BO: Sequence[Tensor],
+        accumulate: bool = False,
+    ) -> None:
+        check_linears(x_BI, weights, biases, outs_BO, self._dtype)
+        self._alive += [x_BI, *weights, *biases, *outs_BO]
+        entries = [
+            (*_weight_arguments(weight), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+            for weight, bias, out in zip(weights, biases, outs_BO, strict=True)
+        ]
+        rows, columns = x_BI.shape
+        self._plan.linears(x_BI.data_ptr(), rows, columns, entries, accumulate)
+
+    def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
+        width = x_BI.shape[-1]
+        check_buffer("x", x_BI, self._dtype, tuple(x_BI.shape))
+        check_buffer("weight", weight_I, self._dtype, (width,))
+        check_buffer("out", out_BI, self._dtype, tuple(x_BI.shape))
+        self._alive += [x_BI, weight_I, out_BI]
+        rows = x_BI.numel() // width
+        self._plan.rms_norm(
+            x_BI.data_ptr(), weight_I.data_ptr(), out_BI.data_ptr(), rows, width, eps
+        )
+
+    def silu_mul(self, gate_BI: Tensor, up_BI: Tensor, out_BI: Tensor) -> None:
+        for name, tensor in (("gate", gate_BI), ("up", up_BI), ("out", out_BI)):
+            check_buffer(name, tensor, self._dtype, tuple(gate_BI.shape))
+        self._alive += [gate_BI, up_BI, out_BI]
+        self._plan.silu_mul(
+            gate_BI.data_ptr(), up_BI.data_ptr(), out_BI.data_ptr(), gate_BI.numel()
+        )
+
+    def attention(self, step: AttentionStep) -> None:
+        check_step(step, self._dtype)
+        self._steps.append(step)
+        B, H, D = step.q_BHD.shape
+        cache = step.cache
+        self._plan.attention(
+            (
+                step.q_BHD.data_ptr(),
+                step.k_BKD.data_ptr(),
+                step.v_BKD.data_ptr(),
+                step.out_BHD.data_ptr(),
+            ),
+            (step.cosine_TR.data_ptr(), step.sine_TR.data_ptr()),
+            (cache.keys.data_ptr(), cache.values.data_ptr()),
+            (step.slots_B.data_ptr(), step.positions_B.data_ptr()),
+            B,
+            H,
+            cache.kv_heads,
+            D,
+            step.cosine_TR.shape[1],
+            cache.capacity,
+            cache.slots,
+            step.window,
+            step.scale,
+        )
+
+    def run(self) -> None:
+        if not self._plan.run(torch.get_num_threads()):
+            for step in self._steps:
+                check_places(step)
+            raise AssertionError("the plan refused to run and every place fits")
+
+
+def _weight_arguments(weight: PackedWeight | Tensor) -> tuple[int, int, int, int, int, int]:
+    """bitmask, values, offsets, bytes of an offset, O, nnz."""
+    if isinstance(weight, Tensor):
+        return 0, weight.data_ptr(), 0, 0, weight.shape[0], weight.numel()
+    return (
+        weight.bitmask.data_ptr(),
+        weight.packed.data_ptr(),
+        *offset_arguments(weight.offsets),
+        weight.out_features,
+        weight.packed.numel(),
+    )

@@ -1,0 +1,165 @@
+"""A decode step recorded once and replayed: the operations around the linears, over fixed buffers.
+
+A backend has a class with the methods of `Plan`; `new_plan` chooses it. Shape letters: B = rows
+(one new token of each sequence), H = query heads, K = key-value heads, D = head size, R = its
+rotated part, T = capacity of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prune_llm_kernels.dispatch import backend_for
+from prune_llm_kernels.kv_cache import KeyValueCache
+from prune_llm_kernels.packed_weight import DTYPES, PackedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Buffers and constants of one layer's attention over one new token of each sequence.
+
+    Attributes:
+        q_BHD: not yet rotated; rotated in place.
+        k_BKD, v_BKD: of the new token, not yet rotated.
+        out_BHD: the result; zeros for a sequence whose position is negative (left out).
+        cosine_TR, sine_TR: float32, of the angle of each position and rotated element; elements i
+            and i + R/2 turn together (Llama's convention); R even, at most D.
+        slots_B, positions_B: int64; where a sequence lies in the cache, and which of its tokens
+            this is, from 0.
+        scale: of the scores, usually D ** -0.5.
+        window: tokens a query sees, itself included; 0: all.
+    """
+
+    q_BHD: Tensor
+    k_BKD: Tensor
+    v_BKD: Tensor
+    out_BHD: Tensor
+    cosine_TR: Tensor
+    sine_TR: Tensor
+    cache: KeyValueCache
+    slots_B: Tensor
+    positions_B: Tensor
+    scale: float
+    window: int = 0
+
+
+class Plan(Protocol):
+    """Operations in the order they were added; `run` replays them with what the buffers then hold.
+
+    Every tensor must be contiguous, stay alive and keep its address: a plan reads and writes it in
+    place. All are of the plan's dtype unless said otherwise.
+    """
+
+    def linears(
+        self,
+        x_BI: Tensor,
+        weights: Sequence[PackedWeight | Tensor],
+        biases: Sequence[Tensor | None],
+        outs_BO: Sequence[Tensor],
+        accumulate: bool = False,
+    ) -> None:
+        """out = x W^T + bias for weights that share x; ``accumulate`` adds to out instead."""
+
+    def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
+        """out = x / sqrt(mean(x^2) + eps) * weight along the last dimension; out may be x."""
+
+    def silu_mul(self, gate_BI: Tensor, up_BI: Tensor, out_BI: Tensor) -> None:
+        """out = gate / (1 + e^-gate) * up; out may be gate or up."""
+
+    def attention(self, step: AttentionStep) -> None:
+        """Rotate q and k, store k and v in the cache, attend to what the cache then holds."""
+
+    def run(self) -> None:
+        """Replay. ValueError, with nothing run, where a position or slot is outside the cache."""
+
+
+def new_plan(device_type: str, dtype: torch.dtype) -> Plan:
+    """An empty plan of the device's backend.
+
+    Raises:
+        ValueError: a dtype no kernel has.
+    """
+    if dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise ValueError(f"dtype {dtype}: plans have {allowed}")
+    return backend_for(device_type).new_plan(dtype)
+
+
+def check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a plan can use the tensor in place."""
+    if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} "
+            f"{list(shape)}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def check_linears(
+    x_BI: Tensor,
+    weights: Sequence[PackedWeight | Tensor],
+    biases: Sequence[Tensor | None],
+    outs_BO: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """What `Plan.linears` asks of its tensors."""
+    rows, columns = x_BI.shape
+    check_buffer("x", x_BI, dtype, (rows, columns))
+    for weight, bias, out in zip(weights, biases, outs_BO, strict=True):
+        if isinstance(weight, PackedWeight):
+            O, I = weight.out_features, weight.in_features
+        else:
+            O, I = weight.shape
+            check_buffer("weight", weight, dtype, (O, I))
+        if columns != I or weight.dtype is not dtype:
+            raise ValueError(
+                f"weight is {weight.dtype} with {I} input features; x is {dtype} with {columns}"
+            )
+        check_buffer("out", out, dtype, (rows, O))
+        if bias is not None:
+            check_buffer("bias", bias, dtype, (O,))
+
+
+def check_step(step: AttentionStep, dtype: torch.dtype) -> None:
+    """What `Plan.attention` asks of its tensors."""
+    B, H, D = step.q_BHD.shape
+    cache = step.cache
+    K, T, R = cache.kv_heads, cache.capacity, step.cosine_TR.shape[1]
+    if cache.head_size != D or H % K:
+        raise ValueError(
+            f"q has {H} heads of {D}; the cache has {K} of {cache.head_size}: the number must be a "
+            "multiple, the size equal"
+        )
+    if R % 2 or R > D:
+        raise ValueError(f"cosine has {R} columns; it must be even and at most the head size {D}")
+    if step.cosine_TR.shape[0] < T:
+        raise ValueError(f"cosine has {step.cosine_TR.shape[0]} positions; the cache has {T}")
+    for name, tensor, shape in (
+        ("q", step.q_BHD, (B, H, D)),
+        ("k", step.k_BKD, (B, K, D)),
+        ("v", step.v_BKD, (B, K, D)),
+        ("out", step.out_BHD, (B, H, D)),
+        ("keys", cache.keys, tuple(cache.keys.shape)),
+        ("values", cache.values, tuple(cache.values.shape)),
+    ):
+        check_buffer(name, tensor, dtype, shape)
+    for name, tensor in (("cosine", step.cosine_TR), ("sine", step.sine_TR)):
+        check_buffer(name, tensor, torch.float32, tuple(step.cosine_TR.shape))
+    for name, tensor in (("slots", step.slots_B), ("positions", step.positions_B)):
+        check_buffer(name, tensor, torch.int64, (B,))
+
+
+def check_places(step: AttentionStep) -> None:
+    """Raise ValueError where a sequence to be run has no place in the cache."""
+    cache = step.cache
+    for slot, position in zip(step.slots_B.tolist(), step.positions_B.tolist(), strict=True):
+        if position >= cache.capacity:
+            raise ValueError(f"position {position}: the cache holds {cache.capacity} tokens")
+        if position >= 0 and not 0 <= slot < cache.slots:
+            raise ValueError(f"slot {slot}: the cache has {cache.slots}")

@@ -1,0 +1,128 @@
+"""Plans in plain PyTorch: the specification of `prune_llm_kernels.plan.Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prune_llm_kernels.packed_weight import PackedWeight
+from prune_llm_kernels.plan import (
+    AttentionStep,
+    check_buffer,
+    check_linears,
+    check_places,
+    check_step,
+)
+from prune_llm_kernels.reference import dense_linear, sparse_linear
+
+
+class ReferencePlan:
+    """Runs each operation in float32 (float64 where the plan's dtype is) and rounds it once."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._operations: list[Callable[[], None]] = []
+        self._steps: list[AttentionStep] = []
+
+    def linears(
+        self,
+        x_BI: Tensor,
+        weights: Sequence[PackedWeight | Tensor],
+        biases: Sequence[Tensor | None],
+        outs_BO: Sequence[Tensor],
+        accumulate: bool = False,
+    ) -> None:
+        check_linears(x_BI, weights, biases, outs_BO, self._dtype)
+        for weight, bias, out in zip(weights, biases, outs_BO, strict=True):
+            self._operations.append(partial(_linear, x_BI, weight, bias, out, accumulate))
+
+    def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
+        check_buffer("weight", weight_I, self._dtype, (x_BI.shape[-1],))
+        check_buffer("out", out_BI, self._dtype, tuple(x_BI.shape))
+        self._operations.append(lambda: _put(out_BI, rms_norm(x_BI.float(), weight_I, eps)))
+
+    def silu_mul(self, gate_BI: Tensor, up_BI: Tensor, out_BI: Tensor) -> None:
+        check_buffer("up", up_BI, self._dtype, tuple(gate_BI.shape))
+        check_buffer("out", out_BI, self._dtype, tuple(gate_BI.shape))
+        self._operations.append(lambda: _put(out_BI, silu_mul(gate_BI.float(), up_BI.float())))
+
+    def attention(self, step: AttentionStep) -> None:
+        check_step(step, self._dtype)
+        self._steps.append(step)
+        self._operations.append(partial(_attend, step))
+
+    def run(self) -> None:
+        for step in self._steps:
+            check_places(step)
+        for operation in self._operations:
+            operation()
+
+
+def _put(out: Tensor, value: Tensor) -> None:
+    out.copy_(value)
+
+
+def _linear(
+    x_BI: Tensor,
+    weight: PackedWeight | Tensor,
+    bias: Tensor | None,
+    out_BO: Tensor,
+    accumulate: bool,
+) -> None:
+    if isinstance(weight, Tensor):
+        y_BO = dense_linear(x_BI, weight, bias)
+    else:
+        y_BO = sparse_linear(x_BI, weight.bitmask, weight.packed, weight.offsets, bias)
+    out_BO.copy_(out_BO + y_BO if accumulate else y_BO)
+
+
+def rms_norm(x_BI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in the dtype of x (Zhang & Sennrich 2019, eq. 4)."""
+    mean = x_BI.square().mean(-1, keepdim=True)
+    return x_BI * torch.rsqrt(mean + eps) * weight_I.to(x_BI.dtype)
+
+
+def silu_mul(gate_BI: Tensor, up_BI: Tensor) -> Tensor:
+    """SwiGLU's product (Shazeer 2020): gate * sigmoid(gate) * up."""
+    return gate_BI * torch.sigmoid(gate_BI) * up_BI
+
+
+def rotate(x_BHD: Tensor, cosine_BR: Tensor, sine_BR: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of the first R elements; i and i + R/2 turn together."""
+    R = cosine_BR.shape[-1]
+    turned, rest = x_BHD[..., :R], x_BHD[..., R:]
+    low, high = turned.chunk(2, dim=-1)
+    other = torch.cat([-high, low], dim=-1)
+    turned = turned * cosine_BR[:, None] + other * sine_BR[:, None]
+    return torch.cat([turned, rest], dim=-1)
+
+
+def attend(
+    q_HD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, scale: float, window: int = 0
+) -> Tensor:
+    """softmax(scale q k^T) v of one query behind T keys, [H, D], in the dtype of q."""
+    if window > 0:
+        keys_KTD, values_KTD = keys_KTD[:, -window:], values_KTD[:, -window:]
+    group = len(q_HD) // len(keys_KTD)
+    keys_HTD = keys_KTD.to(q_HD.dtype).repeat_interleave(group, 0)
+    values_HTD = values_KTD.to(q_HD.dtype).repeat_interleave(group, 0)
+    scores_HT = torch.einsum("hd,htd->ht", q_HD, keys_HTD) * scale
+    return torch.einsum("ht,htd->hd", scores_HT.softmax(-1), values_HTD)
+
+
+def _attend(step: AttentionStep) -> None:
+    step.out_BHD.zero_()
+    for b, position in enumerate(step.positions_B.tolist()):
+        if position < 0:
+            continue
+        slot = int(step.slots_B[b])
+        angles = step.cosine_TR[position][None], step.sine_TR[position][None]
+        q_HD, k_KD = step.q_BHD[b], step.k_BKD[b]
+        q_HD.copy_(rotate(q_HD[None].float(), *angles)[0])
+        rotated_KD = rotate(k_KD[None].float(), *angles)[0].to(k_KD.dtype)
+        step.cache.write(slot, position, rotated_KD[:, None], step.v_BKD[b][:, None])
+        keys_KTD, values_KTD = step.cache.read(slot, position + 1)
+        step.out_BHD[b] = attend(q_HD.float(), keys_KTD, values_KTD, step.scale, step.window)

@@ -1,0 +1,277 @@
+"""Continue a prompt: tokens as they come, text that ends at a stop, and what it took.
+
+Knows no HTTP and prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from prune_llm.decoder import Decoder, new_decoder
+from prune_llm.sampling import Sampler, SamplingParams, model_defaults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Messages
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer, whole or so far.
+
+    Attributes:
+        text: without the prompt, special tokens and the stop text.
+        token_ids: what was drawn, with the token that ended it.
+        finish_reason: "stop" (a stop text or the end-of-text token) or "length"; None while it
+            goes on.
+        prompt_tokens: length of the prompt.
+        prefill_seconds: until the first token's logits; decode_seconds: for all that follow.
+        decoder: what ran the tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    decoder: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the decode steps: the first token comes from the prompt's run."""
+        steps = len(self.token_ids) - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``text`` is new since the last piece and final; ``generation`` is everything so far."""
+
+    text: str
+    generation: Generation
+
+
+def generate(
+    model: PreTrainedModel | str | os.PathLike[str],
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **changes: Any,
+) -> Generation:
+    """Continue a prompt and return the whole answer; the arguments are those of `stream`."""
+    generation: Generation | None = None
+    for piece in stream(model, prompt, params, tokenizer, **changes):
+        generation = piece.generation
+    assert generation is not None
+    return generation
+
+
+def stream(
+    model: PreTrainedModel | str | os.PathLike[str],
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **changes: Any,
+) -> Iterator[Piece]:
+    """Continue a prompt and yield a piece for every token.
+
+    Args:
+        model: as `prune_llm.load` returned it, or a directory or hub name to load.
+        prompt: text; token ids; or chat messages ``{"role": ..., "content": ...}`` for the model's
+            chat template.
+        params: see `SamplingParams`; None: what the model's generation_config.json says.
+        tokenizer: None: the one beside the model.
+        changes: fields of SamplingParams by name, such as ``max_tokens=20``.
+
+    Raises:
+        ValueError: a bad parameter, an empty prompt, one that leaves no room in the model's
+            context, a model without tokenizer or chat template.
+    """
+    if isinstance(model, str | os.PathLike):
+        from prune_llm.integration import load
+
+        model = load(model)
+    if params is None:
+        params = SamplingParams(**{**model_defaults(model.generation_config), **changes})
+    elif changes:
+        params = replace(params, **changes)
+    tokenizer = tokenizer or load_tokenizer(model)
+    ids = prompt_ids(prompt, tokenizer)
+    most = room(model, len(ids), params.max_tokens)
+    decoder = new_decoder(model, len(ids) + most)
+    yield from decode(decoder, ids, replace(params, max_tokens=most), tokenizer, end_ids(model))
+
+
+def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a loaded model."""
+    from transformers import AutoTokenizer
+
+    directory = str(model.config.name_or_path)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model {directory!r}: has no tokenizer that loads ({reason})") from None
+    return tokenizer
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Token ids of a text, of chat messages by the model's template, or the ids themselves."""
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt).input_ids)
+    elif prompt and isinstance(prompt[0], Mapping):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("chat messages: the model's tokenizer has no chat template; give text")
+        ids = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    else:
+        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+    if not ids:
+        raise ValueError("prompt: is empty; give at least one token")
+    if min(ids) < 0 or max(ids) >= len(tokenizer):
+        raise ValueError(f"prompt: token ids must lie in [0, {len(tokenizer)})")
+    return ids
+
+
+def room(model: PreTrainedModel, prompt_tokens: int, max_tokens: int) -> int:
+    """Tokens that may follow: as asked, or what the model's context leaves."""
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return max_tokens
+    if prompt_tokens >= context:
+        raise ValueError(
+            f"prompt of {prompt_tokens} tokens: the model's context is {context} and leaves no "
+            "room for an answer; shorten it"
+        )
+    return int(min(max_tokens, context - prompt_tokens))
+
+
+def end_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens that end a text."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None:
+        found = getattr(model.config, "eos_token_id", None)
+    return frozenset([found] if isinstance(found, int) else found or [])
+
+
+def decode(
+    decoder: Decoder,
+    ids: Sequence[int],
+    params: SamplingParams,
+    tokenizer: Any,
+    ends: frozenset[int],
+) -> Iterator[Piece]:
+    """Prefill, then draw and decode token by token until something ends it."""
+    sampler = Sampler(params)
+    writer = TextWriter(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), ids)
+    stops = StopWatch(params.stop)
+    drawn: list[int] = []
+    started = time.perf_counter()
+    logits_V = decoder.prefill(ids)
+    prefilled = time.perf_counter()
+    while True:
+        token = sampler(logits_V)
+        drawn.append(token)
+        ended = token in ends and not params.ignore_eos
+        last = ended or len(drawn) == params.max_tokens
+        stopped = stops.add("" if ended else writer.add(token), last=False)
+        if last and not stopped:
+            stops.add(writer.finish(), last=True)
+        reason = "stop" if ended or stopped or stops.stopped else "length" if last else None
+        yield Piece(
+            stops.take(),
+            Generation(
+                stops.text,
+                tuple(drawn),
+                reason,
+                len(ids),
+                prefilled - started,
+                time.perf_counter() - prefilled,
+                decoder.name,
+            ),
+        )
+        if reason is not None:
+            return
+        logits_V = decoder.step(token)
+
+
+class TextWriter:
+    """Turns tokens into text as soon as it is certain.
+
+    A token may be part of a character, and a tokenizer may treat the first word of a text in its
+    own way: text is decoded behind some tokens of context, and what may still change is held back.
+    """
+
+    _CONTEXT = 6
+
+    def __init__(self, to_text: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
+        self._to_text = to_text
+        self._tokens = list(prompt[-self._CONTEXT :])
+        self._start, self._read = 0, len(self._tokens)
+
+    def add(self, token: int) -> str:
+        """The text that is now certain; "" inside a character."""
+        self._tokens.append(token)
+        text = self._pending()
+        return "" if text.endswith("\ufffd") else self._accept(text)
+
+    def finish(self) -> str:
+        """What was held back, with a replacement character where one is incomplete."""
+        return self._accept(self._pending())
+
+    def _pending(self) -> str:
+        before = self._to_text(self._tokens[self._start : self._read])
+        return self._to_text(self._tokens[self._start :])[len(before) :]
+
+    def _accept(self, text: str) -> str:
+        self._start = max(self._start, len(self._tokens) - self._CONTEXT)
+        # the context must not begin inside a character
+        while self._start and self._to_text(self._tokens[self._start :]).startswith("\ufffd"):
+            self._start -= 1
+        self._read = len(self._tokens)
+        return text
+
+
+class StopWatch:
+    """Collects text up to the first stop text; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self._ready = ""
+        self.text = ""  # all that was released
+        self.stopped = False
+
+    def add(self, text: str, last: bool) -> bool:
+        """Add text; ``last`` releases everything. Returns whether a stop text was found."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self._held = self._held[: min(found)]
+            self.stopped = last = True
+        keep = 0 if last else max(map(self._beginning, self._stops), default=0)
+        cut = len(self._held) - keep
+        self._ready += self._held[:cut]
+        self.text += self._held[:cut]
+        self._held = "" if self.stopped else self._held[cut:]
+        return self.stopped
+
+    def take(self) -> str:
+        """The text released since the last call."""
+        ready, self._ready = self._ready, ""
+        return ready
+
+    def _beginning(self, stop: str) -> int:
+        """Length of the longest end of the held text that ``stop`` begins with."""
+        most = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(most, 0, -1) if self._held.endswith(stop[:n])), 0)

@@ -1,0 +1,119 @@
+"""From logits to a token: temperature, top-k, top-p, min-p, seeded.
+
+The filters apply in transformers' order: temperature, top-k, top-p, min-p. Shape letter:
+V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# most likely tokens that usually hold top-p's mass: sorting the rest of a vocabulary costs more
+# than the rest of a decode step
+_LIKELY = 1024
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a continuation is chosen and when it ends; the names are vLLM's.
+
+    Attributes:
+        max_tokens: most tokens to add.
+        temperature: 0 takes the most likely token, the lowest id of equals.
+        top_k: keep the k most likely tokens; 0: all.
+        top_p: keep the most likely tokens that together have at least this probability.
+        min_p: keep tokens at least this likely relative to the most likely one.
+        seed: of the draws; None: another one every time.
+        stop: texts that end the answer; they are not part of it.
+        ignore_eos: go on behind an end-of-text token, for measurements.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens}: must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p}: must be in [0, 1]")
+        if "" in self.stop:
+            raise ValueError("stop '': an empty text would end every answer at once")
+
+
+def model_defaults(generation_config: Any) -> dict[str, Any]:
+    """What the model's generation_config.json asks for: greedy unless it says do_sample."""
+    if not getattr(generation_config, "do_sample", False):
+        return {}
+    asked = {
+        name: getattr(generation_config, name, None)
+        for name in ("temperature", "top_k", "top_p", "min_p")
+    }
+    return {"temperature": 1.0} | {name: v for name, v in asked.items() if v is not None}
+
+
+class Sampler:
+    """Draws one sequence's tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+
+    def __call__(self, logits_V: Tensor) -> int:
+        if self._params.temperature == 0:
+            return int(logits_V.argmax())
+        tokens, probabilities = distribution(logits_V, self._params)
+        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+
+
+def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Tokens that may be drawn and their probabilities (float32, sum 1).
+
+    The most likely come first, unless nothing is filtered: then all come in the order of their ids.
+    """
+    scaled_V = (logits_V.float().cpu() / params.temperature).nan_to_num(nan=-math.inf)
+    if 0 < params.top_k < len(scaled_V):
+        values, tokens = scaled_V.topk(params.top_k)
+        probabilities = values.softmax(0)
+    elif params.top_p < 1 or params.min_p > 0:
+        probabilities, tokens = _most_likely(scaled_V, params)
+    else:
+        return torch.arange(len(scaled_V)), scaled_V.softmax(0)
+    before = probabilities.cumsum(0) - probabilities
+    kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    probabilities, tokens = probabilities[kept], tokens[kept]
+    return tokens, probabilities / probabilities.sum()
+
+
+def _most_likely(scaled_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Probabilities and tokens, sorted: at least all that top-p and min-p keep."""
+    total = scaled_V.logsumexp(0)
+    values, tokens = scaled_V.topk(min(_LIKELY, len(scaled_V)))
+    probabilities = (values - total).exp()
+    enough = (params.top_p < 1 and float(probabilities.sum()) >= params.top_p) or (
+        float(probabilities[-1]) < params.min_p * float(probabilities[0])
+    )
+    if not enough and len(tokens) < len(scaled_V):
+        values, tokens = scaled_V.sort(descending=True, stable=True)
+        probabilities = (values - total).exp()
+    return probabilities, tokens

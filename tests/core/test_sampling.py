@@ -1,0 +1,105 @@
+"""Sampling filters against their definitions, and draws against the distribution."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prune_llm.sampling import Sampler, SamplingParams, distribution, model_defaults
+
+
+def logits(size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(size)) * 3
+
+
+def defined(logits_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Probabilities [V] by the definition: sort everything, cut, renormalise."""
+    scaled_V = logits_V.double() / params.temperature
+    order = scaled_V.argsort(descending=True, stable=True)
+    if params.top_k:
+        order = order[: params.top_k]
+    p = scaled_V[order].softmax(0)
+    keep = (p.cumsum(0) - p < params.top_p) & (p >= params.min_p * p[0])
+    out_V = torch.zeros_like(scaled_V)
+    out_V[order[keep]] = p[keep] / p[keep].sum()
+    return out_V
+
+
+@pytest.mark.parametrize("size", [5, 300, 5000])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 3},
+        {"top_k": 10_000},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"min_p": 0.05},
+        {"min_p": 1e-9},
+        {"top_k": 40, "top_p": 0.8, "min_p": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_filters(size: int, settings: dict[str, float], temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, **settings)  # type: ignore[arg-type]
+    tokens, probabilities = distribution(logits(size), params)
+    found_V = torch.zeros(size)
+    found_V[tokens] = probabilities
+    assert torch.allclose(found_V.double(), defined(logits(size), params), atol=1e-6)
+    assert len(tokens.unique()) == len(tokens)
+
+
+def test_draws_follow_the_distribution() -> None:
+    params = SamplingParams(temperature=1.0, top_k=4, seed=3)
+    sampler = Sampler(params)
+    values = logits(50)
+    counts = torch.zeros(50)
+    for _ in range(4000):
+        counts[sampler(values)] += 1
+    expected_V = defined(values, params)
+    deviation = (counts / 4000 - expected_V).abs()
+    assert float(deviation.max()) < 4 * 0.5 / 4000**0.5
+    assert not counts[expected_V == 0].any()
+
+
+def test_the_seed_decides_the_draws() -> None:
+    params = SamplingParams(temperature=1.5, seed=11)
+    draws = [[Sampler(params)(logits(100 + i)) for i in range(20)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    free = SamplingParams(temperature=1.5)
+    assert len({tuple(Sampler(free)(logits(100 + i)) for i in range(20)) for _ in range(4)}) > 1
+
+
+def test_temperature_zero_is_greedy_and_the_lowest_id_wins() -> None:
+    assert Sampler(SamplingParams())(torch.tensor([0.0, 2.0, 2.0, 1.0])) == 1
+
+
+def test_nan_logits_are_never_drawn() -> None:
+    values = torch.tensor([torch.nan, 0.0, torch.nan])
+    assert {Sampler(SamplingParams(temperature=1.0))(values) for _ in range(20)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens 0: must be at least 1"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"min_p": 2.0}, "min_p 2.0"),
+        ({"stop": ("",)}, "stop ''"),
+    ],
+    ids=str,
+)
+def test_bad_parameters(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)  # type: ignore[arg-type]
+
+
+def test_model_defaults() -> None:
+    assert model_defaults(SimpleNamespace(do_sample=False, temperature=0.3)) == {}
+    sampled = SimpleNamespace(do_sample=True, temperature=None, top_k=20, top_p=0.9)
+    assert model_defaults(sampled) == {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
