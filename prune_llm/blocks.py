@@ -21,10 +21,13 @@ from torch.utils._pytree import tree_leaves
 from prune_llm.architecture import Architecture, Linear
 from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
+from prune_llm.fused_block import FusedBlock, fused_block, is_plain_call
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
 ERROR_TOKENS = 128
+# on which a block is compared with its fused form
+PROBE_TOKENS = 64
 
 Tick = Callable[[int, str], None]
 
@@ -40,6 +43,10 @@ class Call:
     positional: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def is_plain(self, hidden_STD: Tensor) -> bool:
+        """Whether a fused block may take the call (see `fused_block.is_plain_call`)."""
+        return not self.args and is_plain_call(hidden_STD, self.kwargs)
 
     def run(self, block: nn.Module, hidden_STD: Tensor) -> Any:
         if self.positional:
@@ -103,12 +110,15 @@ class Walk:
         self._select, self._tick = select, tick
         self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
         self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        self._fusible: dict[str, bool] = {}  # by the block's modules
 
     def __iter__(self) -> Iterator[Block]:
         blocks = self.architecture.blocks
         stream = self._start() if self._batches else None
         for index in range(len(blocks)):
             self.load(index)
+            if stream is not None:
+                self._choose(index, stream)
             linears = self._select(self.architecture.linears(index))
             block = Block(self, index, linears, stream)
             yield block
@@ -243,6 +253,30 @@ class Walk:
                 )
         return [Site(tuple(by_kind[kind] for kind in names)) for names in grouped]
 
+    # -- running a block ----------------------------------------------------------------------
+
+    def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
+        """Run the resident block, with our kernels around its linears where they agree with it."""
+        block = self.architecture.blocks[index]
+        if call.is_plain(hidden_STD) and self._fusible[repr(block)]:
+            return FusedBlock(block)(hidden_STD, **call.kwargs)
+        with FastAttention():
+            return call.run(block, hidden_STD)
+
+    def _choose(self, index: int, stream: Stream) -> None:
+        """Compare a block with its fused form, once for each sort, on the first tokens."""
+        block, hidden_STD = self.architecture.blocks[index], stream.batches[0]
+        call = stream.calls[len(hidden_STD)][index]
+        if repr(block) in self._fusible or not call.is_plain(hidden_STD):
+            return
+        cosine, sine = call.kwargs["position_embeddings"]
+        angles = cosine[:, :PROBE_TOKENS], sine[:, :PROBE_TOKENS]
+        probe_STD = hidden_STD[:1, :PROBE_TOKENS].to(self.device)
+        fused = fused_block(
+            block, probe_STD, {"position_embeddings": angles, "attention_mask": None}
+        )
+        self._fusible[repr(block)] = fused is not None
+
     def tick(self, index: int, phase: str) -> None:
         self._tick(index, phase)
 
@@ -257,7 +291,6 @@ class Block:
         self.name = walk.architecture.block_name(index)
         self.linears = linears
         self._walk, self._stream = walk, stream
-        self._module = walk.architecture.blocks[index]
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The dense weight, float32 [O, I] on the device, at the precision it is stored in."""
@@ -324,8 +357,7 @@ class Block:
         hidden_STD = self._stream.batches[number].to(self._walk.device)
         call = self._stream.calls[len(hidden_STD)][self.index]
         try:
-            with FastAttention():
-                return call.run(self._module, hidden_STD)
+            return self._walk.run(self.index, hidden_STD, call)
         except _Captured:
             return None
 

@@ -173,11 +173,21 @@ def lowest_small(scores_RW: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores_RW, dtype=torch.bool).scatter_(1, order, True)
 
 
+def zero_pruned(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    """The weight, float32 [O, I], with +0.0 wherever ``keep_OI`` is False.
+
+    By its bits: torch's masked_fill takes five times as long on a CPU.
+    """
+    assert weight_OI.dtype == torch.float32
+    bits_OI = keep_OI.to(torch.int32).neg_()  # all ones where a weight survives
+    return bits_OI.bitwise_and_(weight_OI.view(torch.int32)).view(torch.float32)
+
+
 def check_keep_mask(keep_OI: Tensor, pattern: Pattern, scope: Scope = "row") -> str | None:
     """Say what is wrong with a keep-mask, or None when its counts satisfy `pattern` exactly."""
     rows, width = keep_OI.shape
     pruned_R = pruned_per_row((rows, width), pattern)
-    total = keep_OI.numel() - int(keep_OI.sum())
+    total = keep_OI.numel() - int(torch.count_nonzero(keep_OI))
     if total != sum(pruned_R):
         return f"{total} weights pruned, {sum(pruned_R)} requested"
     if pattern.m is not None and pattern.n is not None:

@@ -34,7 +34,7 @@ from prune_llm.checkpoint import (
     save_part,
     write_shards,
 )
-from prune_llm.masks import Pattern
+from prune_llm.masks import Pattern, Scope, check_keep_mask
 from prune_llm.methods import METHODS, Problem, Solution
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
@@ -347,6 +347,7 @@ def _prune_block(job: _Job, block: Block, directory: Path) -> None:
         solutions = method.solve(problem)
         share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
         for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
+            _check_counts(linear, solution, pattern, method.scope)
             disk_name = job.architecture.disk_names[linear.weight_name]
             stored = _stored(job, linear, disk_name, solution)
             block.assign(linear, stored)
@@ -394,6 +395,15 @@ def _check_finite(linears: tuple[arch.Linear, ...], weights: tuple[Tensor, ...])
     for linear, weight_OI in zip(linears, weights, strict=True):
         if not all_finite(weight_OI):
             raise ValueError(f"{linear.weight_name}: holds NaN or infinite weights")
+
+
+def _check_counts(
+    linear: arch.Linear, solution: Solution, pattern: Pattern, scope: Scope | None
+) -> None:
+    """A method that prunes one weight too many or too few is a fault of ours."""
+    problem = check_keep_mask(solution.keep_OI, pattern, scope or "matrix")
+    if problem is not None:
+        raise AssertionError(f"{linear.weight_name}: {problem}")
 
 
 def _stored(job: _Job, linear: arch.Linear, disk_name: str, solution: Solution) -> Tensor:

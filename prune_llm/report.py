@@ -78,13 +78,23 @@ class LinearResult:
             achieved=1 - kept / weights,
             weights=weights,
             kept=kept,
-            nonzero=int(torch.count_nonzero(stored)),
+            nonzero=count_nonzero(stored),
             error=None if error is None else error.value,
             error_tokens=0 if error is None else error.tokens,
             seconds=seconds,
             bytes_before=stored.nbytes,
             bytes_after=stored.nbytes,
         )
+
+
+def count_nonzero(weight: Tensor) -> int:
+    """Weights that are not zero; none may be -0.0.
+
+    By their bits: of bfloat16 values torch counts 5 ns each on a CPU.
+    """
+    assert weight.dtype.is_floating_point
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    return int(torch.count_nonzero(weight.view(integers)))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prune_llm.checkpoint import DTYPES, Checkpoint, StoredTensor
 from prune_llm.masks import Pattern, pruned_per_row
-from prune_llm.report import LinearResult
+from prune_llm.report import LinearResult, count_nonzero
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.statistics import all_finite
 
@@ -56,9 +56,9 @@ def _check_pruned(stored: Tensor, result: LinearResult) -> None:
     zero_OI = weight_OI == 0
     if not all_finite(weight_OI):
         raise VerificationError(f"{result.tensor}: holds NaN or infinite weights")
-    if bool((zero_OI & torch.signbit(weight_OI)).any()):
+    if count_nonzero(stored) != weight_OI.numel() - int(torch.count_nonzero(zero_OI)):
         raise VerificationError(f"{result.tensor}: holds -0.0")
-    if weight_OI.numel() - int(zero_OI.sum()) != result.nonzero:
+    if count_nonzero(stored) != result.nonzero:
         raise VerificationError(f"{result.tensor}: its count of non-zero weights changed on disk")
     problem = pattern_violation(zero_OI, Pattern.parse(result.pattern))
     if problem is not None:
@@ -72,7 +72,7 @@ def pattern_violation(zero_OI: Tensor, pattern: Pattern) -> str | None:
     """
     rows, width = zero_OI.shape
     asked = sum(pruned_per_row((rows, width), pattern))
-    zeros = int(zero_OI.sum())
+    zeros = int(torch.count_nonzero(zero_OI))
     if zeros < asked:
         return f"has {zeros} zeros, its pattern {pattern} asks for {asked}"
     if pattern.m is None or pattern.n is None:

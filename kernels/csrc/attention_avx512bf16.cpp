@@ -90,8 +90,12 @@ typedef __m512 Tile[kRows][kVectors];
 
 // out[r][c] = sum over pairs of a[r][pair] . b[pair][c]
 void multiply(const uint32_t* a, int64_t pitch, const uint32_t* b, int64_t pairs, Tile& out) {
-  for (auto& row : out)
-    for (auto& value : row) value = _mm512_setzero_ps();
+  // a local array: the compiler must assume that `out` overlaps a or b
+  Tile sum;
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = _mm512_setzero_ps();
   for (int64_t pair = 0; pair < pairs; ++pair, b += kColumns) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b);
     const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + 16);
@@ -100,12 +104,16 @@ void multiply(const uint32_t* a, int64_t pitch, const uint32_t* b, int64_t pairs
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const __m512bh w = (__m512bh)_mm512_set1_epi32((int)a[r * pitch + pair]);
-      out[r][0] = _mm512_dpbf16_ps(out[r][0], w, b0);
-      out[r][1] = _mm512_dpbf16_ps(out[r][1], w, b1);
-      out[r][2] = _mm512_dpbf16_ps(out[r][2], w, b2);
-      out[r][3] = _mm512_dpbf16_ps(out[r][3], w, b3);
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w, b0);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w, b1);
+      sum[r][2] = _mm512_dpbf16_ps(sum[r][2], w, b2);
+      sum[r][3] = _mm512_dpbf16_ps(sum[r][3], w, b3);
     }
   }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) out[r][v] = sum[r][v];
 }
 
 // One row of scores -> bfloat16 weights, zero from `seen` on; returns their sum before rounding.
@@ -156,11 +164,15 @@ void weigh_values(const AttentionArgs& a, const Scratch& s, int64_t first, int64
   }
 }
 
+void pack(const AttentionArgs* args, void* memory) {
+  const Scratch s = lay_out(memory, args->tokens, args->head_size);
+  pack_keys(*args, s);
+  pack_values(*args, s);
+}
+
 void causal(const AttentionArgs* args, void* memory) {
   const AttentionArgs& a = *args;
   const Scratch s = lay_out(memory, a.tokens, a.head_size);
-  pack_keys(a, s);
-  pack_values(a, s);
   for (int64_t first = 0; first < a.tokens; first += kRows) {
     const int64_t rows = least(kRows, a.tokens - first);
     score_queries(a, s, first, rows);
@@ -174,7 +186,7 @@ void causal(const AttentionArgs* args, void* memory) {
 
 int64_t scratch_bytes(int64_t tokens, int64_t head_size) { return words(tokens, head_size) * 4; }
 
-const AttentionKernel kKernel = {&scratch_bytes, &causal};
+const AttentionKernel kKernel = {&scratch_bytes, &pack, &causal};
 
 }  // namespace
 

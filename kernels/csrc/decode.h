@@ -1,5 +1,6 @@
-// The small operations of a decode step around its linears: normalisation, rotary embedding and the
-// KV cache, attention of one new token per sequence, SwiGLU. C interface, as kernels.h.
+// The small operations of a block around its linears: normalisation, rotary embedding and the KV
+// cache, attention of one new token per sequence, SwiGLU; and what calibration sums. C interface, as
+// kernels.h.
 //
 // Shape letters: B = sequences, H = query heads, K = key-value heads, D = size of a head, R = its
 // rotated part, T = capacity of the cache in tokens, a multiple of kKeyLanes.
@@ -32,6 +33,23 @@ struct GateArgs {
   int64_t count;
 };
 
+// Heads of whole sequences, rotated and moved together: x [B, N, H, D] -> y [B, H, N, D], for N
+// tokens; rows of x are `pitch` elements apart. cosine and sine are [N, R]; R = 0 only moves.
+struct RotateArgs {
+  const void* x;
+  void* y;
+  const float* cosine;
+  const float* sine;
+  int64_t batch, tokens, heads, head_size, rotary, pitch;
+};
+
+// sum[i] += x[t][i]^2 for x [tokens, width]
+struct SquareArgs {
+  const void* x;
+  double* sum;
+  int64_t tokens, width;
+};
+
 // One new token of each sequence; a sequence with a negative position is left out, its rows of
 // `out` are zeroed.
 struct AttentionStep {
@@ -53,6 +71,10 @@ struct AttentionStep {
 struct DecodeKernel {
   void (*rms_norm)(const NormArgs* args, int64_t begin_row, int64_t end_row);
   void (*silu_mul)(const GateArgs* args, int64_t begin, int64_t end);
+  // Items are the B * N tokens.
+  void (*rotate)(const RotateArgs* args, int64_t begin, int64_t end);
+  // Columns [begin, end).
+  void (*add_squares)(const SquareArgs* args, int64_t begin, int64_t end);
   // Rotates q and puts k and v into the cache; items are [B, H + 2 K] heads.
   void (*store_heads)(const AttentionStep* args, int64_t begin, int64_t end);
   // Query heads [begin, end) of all B * H; a run of heads of one group shares its reads.

@@ -92,6 +92,48 @@ INLINE float rotated(const float* cosine, const float* sine, int64_t half, int64
   return own * cosine[d] + (d < half ? -other : other) * sine[d];
 }
 
+template <class P> void rotate(const RotateArgs* a, int64_t begin, int64_t end) {
+  typedef typename P::Elem Elem;
+  const int64_t D = a->head_size, half = a->rotary / 2;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / a->tokens, t = item % a->tokens;
+    const float* cosine = a->cosine + t * a->rotary;
+    const float* sine = a->sine + t * a->rotary;
+    for (int64_t h = 0; h < a->heads; ++h) {
+      const Elem* x = (const Elem*)a->x + item * a->pitch + h * D;
+      Elem* y = (Elem*)a->y + ((b * a->heads + h) * a->tokens + t) * D;
+#pragma omp simd
+      for (int64_t d = 0; d < half; ++d)
+        y[d] = P::from_float(P::to_float(x[d]) * cosine[d] - P::to_float(x[d + half]) * sine[d]);
+#pragma omp simd
+      for (int64_t d = half; d < a->rotary; ++d)
+        y[d] = P::from_float(P::to_float(x[d]) * cosine[d] + P::to_float(x[d - half]) * sine[d]);
+      for (int64_t d = a->rotary; d < D; ++d) y[d] = x[d];
+    }
+  }
+}
+
+// Short runs of tokens are summed in float, runs in double: ranks of scores hang on the last digits.
+template <class P> void add_squares(const SquareArgs* a, int64_t begin, int64_t end) {
+  constexpr int64_t kRun = 64, kColumns = 256;
+  for (int64_t first = begin; first < end; first += kColumns) {
+    const int64_t columns = end - first < kColumns ? end - first : kColumns;
+    for (int64_t start = 0; start < a->tokens; start += kRun) {
+      const int64_t stop = start + kRun < a->tokens ? start + kRun : a->tokens;
+      float sums[kColumns] = {};
+      for (int64_t t = start; t < stop; ++t) {
+        const typename P::Elem* x = (const typename P::Elem*)a->x + t * a->width + first;
+#pragma omp simd
+        for (int64_t c = 0; c < columns; ++c) {
+          const float value = P::to_float(x[c]);
+          sums[c] += value * value;
+        }
+      }
+      for (int64_t c = 0; c < columns; ++c) a->sum[first + c] += (double)sums[c];
+    }
+  }
+}
+
 template <class P> void store_heads(const AttentionStep* a, int64_t begin, int64_t end) {
   typedef typename P::Elem Elem;
   const int64_t D = a->head_size, K = a->kv_heads, per = a->heads + 2 * K, half = a->rotary / 2;
@@ -273,7 +315,8 @@ template <class P> void attend(const AttentionStep* a, int64_t begin, int64_t en
 }
 
 template <class P> INLINE DecodeKernel decode_kernel() {
-  return DecodeKernel{rms_norm<P>, silu_mul<P>, store_heads<P>, attend<P>};
+  return DecodeKernel{rms_norm<P>,    silu_mul<P>,    rotate<P>,
+                      add_squares<P>, store_heads<P>, attend<P>};
 }
 
 // What decode_kernel needs of a dtype: conversions of one element, and how many query heads share

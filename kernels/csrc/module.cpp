@@ -134,6 +134,34 @@ void causal_attention(int isa, int threads, const Strided& q, const Strided& k, 
                  out_batch, out_head, reinterpret_cast<void*>(scratch)});
 }
 
+const DecodeKernel& decode_at(int isa, int dtype) { return isa_at(isa).decode[dtype_at(dtype)]; }
+
+void rms_norm(int isa, int dtype, int threads, uintptr_t x, uintptr_t weight, uintptr_t y,
+              int64_t rows, int64_t width, float eps) {
+  run_rms_norm(decode_at(isa, dtype), threads,
+               {at<void>(x), at<void>(weight), reinterpret_cast<void*>(y), rows, width, eps});
+}
+
+void silu_mul(int isa, int dtype, int threads, uintptr_t gate, uintptr_t up, uintptr_t y,
+              int64_t count) {
+  run_silu_mul(decode_at(isa, dtype), threads,
+               {at<void>(gate), at<void>(up), reinterpret_cast<void*>(y), count});
+}
+
+void rotate(int isa, int dtype, int threads, uintptr_t x, uintptr_t y, uintptr_t cosine,
+            uintptr_t sine, int64_t batch, int64_t tokens, int64_t heads, int64_t head_size,
+            int64_t rotary, int64_t pitch) {
+  run_rotate(decode_at(isa, dtype), threads,
+             {at<void>(x), reinterpret_cast<void*>(y), at<float>(cosine), at<float>(sine), batch,
+              tokens, heads, head_size, rotary, pitch});
+}
+
+void add_squares(int isa, int dtype, int threads, uintptr_t x, uintptr_t sum, int64_t tokens,
+                 int64_t width) {
+  run_add_squares(decode_at(isa, dtype), threads,
+                  {at<void>(x), reinterpret_cast<double*>(sum), tokens, width});
+}
+
 // bitmask, values, offsets, bytes of an offset, O, nnz, bias, y; bitmask 0 for a dense weight.
 using PlanWeightTuple =
     std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
@@ -206,6 +234,19 @@ NB_MODULE(_C, module) {
              nb::arg("heads"), nb::arg("kv_heads"), nb::arg("tokens"), nb::arg("head_size"),
              nb::arg("scale"), nb::arg("scratch"), Unlocked(),
              "out = softmax(scale q k^T, causal) v over bfloat16 heads.");
+  module.def("rms_norm", &rms_norm, nb::arg("isa"), nb::arg("dtype"), nb::arg("threads"),
+             nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("rows"), nb::arg("width"),
+             nb::arg("eps"), Unlocked(), "y = x / sqrt(mean(x^2) + eps) * weight, row by row.");
+  module.def("silu_mul", &silu_mul, nb::arg("isa"), nb::arg("dtype"), nb::arg("threads"),
+             nb::arg("gate"), nb::arg("up"), nb::arg("y"), nb::arg("count"), Unlocked(),
+             "y = gate / (1 + e^-gate) * up.");
+  module.def("rotate", &rotate, nb::arg("isa"), nb::arg("dtype"), nb::arg("threads"), nb::arg("x"),
+             nb::arg("y"), nb::arg("cosine"), nb::arg("sine"), nb::arg("batch"),
+             nb::arg("tokens"), nb::arg("heads"), nb::arg("head_size"), nb::arg("rotary"),
+             nb::arg("pitch"), Unlocked(), "x [B, N, H, D] -> y [B, H, N, D], rotated.");
+  module.def("add_squares", &add_squares, nb::arg("isa"), nb::arg("dtype"), nb::arg("threads"),
+             nb::arg("x"), nb::arg("sum"), nb::arg("tokens"), nb::arg("width"), Unlocked(),
+             "sum [I] += the squares of x [T, I], token by token.");
   nb::class_<Plan>(module, "Plan", "Operations over fixed buffers, replayed in one call.")
       .def("__init__",
            [](Plan* plan, int isa, int dtype) { new (plan) Plan(isa_at(isa), dtype_at(dtype)); },

@@ -30,7 +30,9 @@ struct AttentionArgs {
 
 struct AttentionKernel {
   int64_t (*scratch_bytes)(int64_t tokens, int64_t head_size);
-  // out[t] = softmax(scale * q[t] . k[0..t]) v[0..t]; scratch is aligned to 64 bytes
+  // Packs k and v into scratch, aligned to 64 bytes; serves every query head that shares them.
+  void (*pack)(const AttentionArgs* args, void* scratch);
+  // out[t] = softmax(scale * q[t] . k[0..t]) v[0..t], with what was packed
   void (*causal)(const AttentionArgs* args, void* scratch);
 };
 

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "decode.h"
 #include "tokens.h"
 
 struct GramCall {
@@ -19,6 +20,12 @@ struct AttentionCall {
   int64_t q_batch, q_head, k_batch, k_head, v_batch, v_head, out_batch, out_head;
   void* scratch;  // threads * scratch_bytes
 };
+
+// The row operations of decode.h over many rows at once.
+void run_rms_norm(const DecodeKernel& kernel, int threads, const NormArgs& args);
+void run_silu_mul(const DecodeKernel& kernel, int threads, const GateArgs& args);
+void run_rotate(const DecodeKernel& kernel, int threads, const RotateArgs& args);
+void run_add_squares(const DecodeKernel& kernel, int threads, const SquareArgs& args);
 
 void run_gram(const GramKernel& kernel, int threads, const GramCall& call);
 void run_attention(const AttentionKernel& kernel, int threads, const AttentionCall& call);

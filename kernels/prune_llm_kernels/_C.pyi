@@ -41,6 +41,38 @@ def unpack(
     begin: int,
     end: int,
 ) -> None: ...
+def rms_norm(
+    isa: int,
+    dtype: int,
+    threads: int,
+    x: int,
+    weight: int,
+    y: int,
+    rows: int,
+    width: int,
+    eps: float,
+) -> None: ...
+def silu_mul(
+    isa: int, dtype: int, threads: int, gate: int, up: int, y: int, count: int
+) -> None: ...
+def rotate(
+    isa: int,
+    dtype: int,
+    threads: int,
+    x: int,
+    y: int,
+    cosine: int,
+    sine: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    rotary: int,
+    pitch: int,
+) -> None: ...
+def add_squares(
+    isa: int, dtype: int, threads: int, x: int, sum: int, tokens: int, width: int
+) -> None: ...
 
 class Plan:
     def __init__(self, isa: int, dtype: int) -> None: ...

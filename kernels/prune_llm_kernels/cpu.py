@@ -32,6 +32,11 @@ MAX_DIRECT_ROWS = 16
 _SLICE_BYTES = 4 * 2**20
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """DType of csrc/kernels.h."""
+    return _DTYPE_CODES[dtype]
+
+
 def isa_names() -> list[str]:
     """Instruction sets that this machine runs and this build contains, fastest first."""
     return _C.isa_names()

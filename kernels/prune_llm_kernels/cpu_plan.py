@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prune_llm_kernels import _C
-from prune_llm_kernels.cpu import _DTYPE_CODES, isa_index, offset_arguments
+from prune_llm_kernels.cpu import dtype_code, isa_index, offset_arguments
 from prune_llm_kernels.packed_weight import PackedWeight
 from prune_llm_kernels.plan import (
     AttentionStep,
@@ -24,7 +24,7 @@ class CpuPlan:
 
     def __init__(self, dtype: torch.dtype, isa: str | None = None) -> None:
         self._dtype = dtype
-        self._plan = _C.Plan(isa_index(isa), _DTYPE_CODES[dtype])
+        self._plan = _C.Plan(isa_index(isa), dtype_code(dtype))
         self._alive: list[object] = []  # the plan holds addresses only
         self._steps: list[AttentionStep] = []
 

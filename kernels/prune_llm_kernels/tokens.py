@@ -1,8 +1,10 @@
-"""Products over many tokens in bfloat16 on the CPU, for calibration and prefill.
+"""Operations over many tokens on the CPU, for calibration and prefill.
 
-Both have a plain torch twin in `reference.py`; `supports_*` say whether this machine and these
-tensors have the fast form, so that a caller chooses knowingly. Shape letters: B = samples,
-H = query heads, K = key-value heads, T = tokens, D = head size, I = input features.
+Products (Gram matrix, causal attention) exist for bfloat16 on some machines; `supports_*` say
+whether this machine and these tensors have the fast form, so that a caller chooses knowingly. The
+small operations exist for every dtype and machine where the extension is built. Shape letters:
+B = samples, H = query heads, K = key-value heads, T = tokens, D = head size, R = its rotated part,
+I = input features.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import os
 
 import torch
 from torch import Tensor
+
+from prune_llm_kernels.packed_weight import DTYPES
 
 GRAM_PANEL = 48  # kGramPanel of csrc/tokens.h
 
@@ -133,3 +137,110 @@ def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: floa
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def supports_rows(x: Tensor) -> bool:
+    """Whether `rms_norm`, `silu_mul`, `rotate_heads` and `add_squares` take this tensor."""
+    if os.environ.get("PRUNE_LLM_BACKEND") == "reference" or not _built():
+        return False
+    return x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight along the last dimension, rounded once."""
+    from prune_llm_kernels import _C
+
+    x = x.contiguous()
+    _expect("weight", weight_I, x.dtype, (x.shape[-1],))
+    out = torch.empty_like(x)
+    rows = x.numel() // x.shape[-1]
+    _C.rms_norm(
+        *_where(x),
+        x.data_ptr(),
+        weight_I.contiguous().data_ptr(),
+        out.data_ptr(),
+        rows,
+        x.shape[-1],
+        eps,
+    )
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate / (1 + e^-gate) * up, rounded once."""
+    from prune_llm_kernels import _C
+
+    gate, up = gate.contiguous(), up.contiguous()
+    _expect("up", up, gate.dtype, tuple(gate.shape))
+    out = torch.empty_like(gate)
+    _C.silu_mul(*_where(gate), gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    return out
+
+
+def rotate_heads(x_BTHD: Tensor, cosine_TR: Tensor, sine_TR: Tensor) -> Tensor:
+    """Heads [B, H, T, D], contiguous, their first R elements turned by the angle of each token.
+
+    Args:
+        x_BTHD: heads and their elements contiguous, tokens at any stride.
+        cosine_TR, sine_TR: elements i and i + R/2 turn together; R = 0 moves the heads only.
+    """
+    from prune_llm_kernels import _C
+
+    B, T, H, D = x_BTHD.shape
+    R = cosine_TR.shape[-1]
+    if R % 2 or R > D or sine_TR.shape != cosine_TR.shape or cosine_TR.shape[0] != T:
+        raise ValueError(
+            f"cosine {list(cosine_TR.shape)}, sine {list(sine_TR.shape)}: must be [{T}, R] with R "
+            f"even and at most {D}"
+        )
+    pitch = x_BTHD.stride(1)
+    if x_BTHD.stride()[2:] != (D, 1) or (B > 1 and x_BTHD.stride(0) != T * pitch):
+        x_BTHD = x_BTHD.contiguous()
+        pitch = H * D
+    cosine_TR, sine_TR = cosine_TR.float().contiguous(), sine_TR.float().contiguous()
+    out = x_BTHD.new_empty(B, H, T, D)
+    _C.rotate(
+        *_where(x_BTHD),
+        x_BTHD.data_ptr(),
+        out.data_ptr(),
+        cosine_TR.data_ptr(),
+        sine_TR.data_ptr(),
+        B,
+        T,
+        H,
+        D,
+        R,
+        pitch,
+    )
+    return out
+
+
+def add_squares(sum_I: Tensor, x_TI: Tensor) -> None:
+    """sum += the squares of x over its tokens, in float64.
+
+    Args:
+        sum_I: float64 [I], contiguous.
+    """
+    from prune_llm_kernels import _C
+
+    x_TI = x_TI.contiguous()
+    tokens, width = x_TI.shape
+    _expect("sum", sum_I, torch.float64, (width,))
+    if not sum_I.is_contiguous():
+        raise ValueError("sum is not contiguous; pass a contiguous tensor, it is changed in place")
+    _C.add_squares(*_where(x_TI), x_TI.data_ptr(), sum_I.data_ptr(), tokens, width)
+
+
+def _where(x: Tensor) -> tuple[int, int, int]:
+    """Instruction set, dtype and threads of a call."""
+    from prune_llm_kernels import cpu
+
+    return cpu.isa_index(), cpu.dtype_code(x.dtype), torch.get_num_threads()
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} "
+            f"{list(shape)}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prune_llm.masks import Scope, keep_mask
+from prune_llm.masks import Scope, keep_mask, zero_pruned
 from prune_llm.methods.problem import Problem, Solution
 from prune_llm.statistics import Needs
 
@@ -17,5 +17,5 @@ class Magnitude:
         solutions = []
         for weight_OI, pattern in zip(problem.weights_OI, problem.patterns, strict=True):
             keep_OI = keep_mask(weight_OI.abs(), pattern, self.scope or "matrix")
-            solutions.append(Solution(weight_OI.masked_fill(~keep_OI, 0.0), keep_OI))
+            solutions.append(Solution(zero_pruned(weight_OI, keep_OI), keep_OI))
         return solutions

@@ -3,7 +3,7 @@ arXiv 2306.11695): weights times the norm of their input, compared within each o
 
 from __future__ import annotations
 
-from prune_llm.masks import Scope, keep_mask
+from prune_llm.masks import Scope, keep_mask, zero_pruned
 from prune_llm.methods.problem import Problem, Solution
 from prune_llm.statistics import Needs
 
@@ -18,7 +18,7 @@ class Wanda:
         norms_I = problem.input_statistics().norms_I()
         solutions = []
         for weight_OI, pattern in zip(problem.weights_OI, problem.patterns, strict=True):
-            scores_OI = weight_OI.abs() * norms_I
+            scores_OI = weight_OI.abs().mul_(norms_I)
             keep_OI = keep_mask(scores_OI, pattern, self.scope or "row")
-            solutions.append(Solution(weight_OI.masked_fill(~keep_OI, 0.0), keep_OI))
+            solutions.append(Solution(zero_pruned(weight_OI, keep_OI), keep_OI))
         return solutions

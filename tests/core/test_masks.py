@@ -14,6 +14,7 @@ from prune_llm.masks import (
     lowest,
     pruned_per_row,
     spread,
+    zero_pruned,
 )
 
 
@@ -95,3 +96,12 @@ def test_check_names_what_is_wrong() -> None:
     assert check_keep_mask(keep, Pattern(0.5)) == "the rows do not lose equally many weights"
     assert check_keep_mask(keep, Pattern(0.5), "matrix") is None
     assert "does not keep 2" in str(check_keep_mask(keep, Pattern.parse("2:4")))
+
+
+def test_zero_pruned_keeps_every_bit_of_what_survives() -> None:
+    weight = torch.tensor([[1.5, -2.5, -0.0, 3e-42], [-1e38, 7.0, -3.0, 2.0]])
+    keep = torch.tensor([[True, False, True, True], [False, True, False, True]])
+    found = zero_pruned(weight, keep)
+    bits = weight.view(torch.int32)
+    assert torch.equal(found.view(torch.int32), torch.where(keep, bits, torch.zeros_like(bits)))
+    assert not torch.signbit(found[~keep]).any()

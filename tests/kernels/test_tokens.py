@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prune_llm_kernels import tokens
+from prune_llm_kernels import reference_plan, tokens
 
 BF16 = torch.bfloat16
 needs_kernels = pytest.mark.skipif(
@@ -136,3 +136,58 @@ def test_reference_backend_leaves_the_work_to_torch() -> None:
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "torch"
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+    form = torch.finfo(found.dtype)
+    allowed = 2 * form.eps * exact.abs() + 3e-6 * exact.abs().max()
+    allowed += form.smallest_normal * form.eps
+    assert ((found.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_small_operations_over_many_tokens(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x, weight = torch.randn(3, 17, 50).to(dtype), torch.randn(50).to(dtype)
+    exact = reference_plan.rms_norm(x.double(), weight, 1e-6)
+    assert_rounded(tokens.rms_norm(x, weight, 1e-6), exact)
+    gate, up = torch.randn(9, 5000).to(dtype), torch.randn(9, 5000).to(dtype)
+    exact = reference_plan.silu_mul(gate.double(), up.double())
+    assert_rounded(tokens.silu_mul(gate, up), exact)
+    total = torch.rand(700).double()
+    x = (torch.randn(333, 700) * 3).to(dtype)
+    exact = total + x.double().square().sum(0)
+    tokens.add_squares(total, x)
+    assert ((total - exact).abs() <= 1e-6 * exact).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2, 2), (2, 5, 3, 10, 4), (1, 40, 4, 64, 64)], ids=str)
+def test_rotated_heads(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    B, T, H, D, R = shape
+    wide = torch.randn(B, T, H * D + 6).to(dtype)
+    x_BTHD = wide[..., : H * D].unflatten(-1, (H, D))  # tokens at a stride of their own
+    angles = torch.rand(T, R) * 6
+    found = tokens.rotate_heads(x_BTHD, angles.cos(), angles.sin())
+    assert found.is_contiguous() and found.shape == (B, H, T, D)
+    for b in range(B):
+        exact = reference_plan.rotate(x_BTHD[b].double(), angles.cos().double(), angles.sin())
+        assert_rounded(found[b].transpose(0, 1), exact)
+    moved = tokens.rotate_heads(x_BTHD, angles[:, :0], angles[:, :0])
+    assert torch.equal(moved, x_BTHD.transpose(1, 2))
+
+
+def test_small_operations_refuse_what_does_not_fit() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"weight is torch.float32 of shape \[7\]"):
+        tokens.rms_norm(x, torch.ones(7), 1e-5)
+    with pytest.raises(ValueError, match=r"up is torch.bfloat16"):
+        tokens.silu_mul(x, x.bfloat16())
+    with pytest.raises(ValueError, match=r"sum is torch.float32"):
+        tokens.add_squares(torch.zeros(8), x)
+    with pytest.raises(ValueError, match=r"cosine \[3, 8\]"):
+        tokens.rotate_heads(x.view(1, 4, 1, 8), torch.zeros(3, 8), torch.zeros(3, 8))
