@@ -450,9 +450,11 @@ def return_freed_memory() -> None:
     mallopt = _libc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        # what a block's run frees it needs again at once: handing it back costs a fault a page
+        mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 def _trim_heap() -> None:
