@@ -232,6 +232,33 @@ def generate_command(
     run_generate(model, messages if chat else text, given, threads, as_json)
 
 
+@main.command("bench")
+@click.argument("model")
+@click.option("--against", help="Dense model to compare with; MODEL with its zeros if not given.")
+@click.option("--context", "contexts", type=int, multiple=True, help="Prompt length; repeatable.")
+@click.option("--tokens", type=int, default=64, show_default=True, help="Tokens decoded behind it.")
+@click.option("--rounds", type=int, default=3, show_default=True, help="Rounds; medians count.")
+@click.option("--threads", type=int, multiple=True, help="Threads; repeatable.  [default: 1, all]")
+@click.option("--batch", "batches", type=int, multiple=True, help="Rows of x; repeatable.")
+@click.option("--no-linears", is_flag=True, help="Only decode; leave out the linears.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
+def bench_command(
+    model: str,
+    against: str | None,
+    no_linears: bool,
+    json_file: str | None,
+    **settings: Any,
+) -> None:
+    """Time the packed checkpoint MODEL beside torch, and against the limit of memory."""
+    from prune_llm.cli_bench import run_bench
+
+    given = {name: value for name, value in settings.items() if value != ()}
+    if no_linears:
+        given["batches"] = ()
+    file = None if json_file is None else Path(json_file)
+    run_bench(console, errors, model, against, given, file)
+
+
 @main.command("demo")
 @click.option("-o", "--output", default="out/demo", show_default=True, help="Working directory.")
 def demo_command(output: str) -> None:

@@ -21,7 +21,7 @@ INFO_COLUMNS = ("linears", "n", "packed", "weights", "sparsity", "dense", "on di
 QUALITY_COLUMNS = ("model", "token_ppl", "nats/token", "KL", "flipped", "zeros", "on disk")
 
 
-def _table(title: str, columns: tuple[str, ...]) -> Table:
+def new_table(title: str, columns: tuple[str, ...]) -> Table:
     """Left-aligned names, right-aligned numbers, narrow enough for 80 columns."""
     table = Table(
         title=title, title_justify="left", padding=(0, 1, 0, 0), box=box.SIMPLE_HEAD, pad_edge=False
@@ -34,7 +34,7 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
 
 def print_prune_report(console: Console, report: PruneReport) -> None:
     """Per kind of linear and in total, then what happened and what to know about it."""
-    table = _table(f"{report.config['method']} {report.config['pattern']}", KIND_COLUMNS)
+    table = new_table(f"{report.config['method']} {report.config['pattern']}", KIND_COLUMNS)
     for kind in report.kinds():
         table.add_row(*_kind_cells(kind))
     table.add_section()
@@ -74,7 +74,7 @@ def print_info(console: Console, found: CheckpointInfo) -> None:
     """Pattern and bytes per kind of linear, where it comes from, and what was verified."""
     version = f" (version {found.format_version})" if found.format_version is not None else ""
     title = f"{found.format} form{version}, pattern {found.pattern or 'unknown'}"
-    table = _table(title, INFO_COLUMNS)
+    table = new_table(title, INFO_COLUMNS)
     for kind in found.kinds:
         table.add_row(*_info_cells(kind))
     total = found.total
@@ -113,7 +113,7 @@ def _info_cells(kind: KindInfo) -> list[str]:
 
 def print_quality(console: Console, rows: list[ModelQuality]) -> None:
     first = rows[0].quality
-    table = _table(
+    table = new_table(
         f"{first.tokens} predicted tokens in {first.windows} windows of {first.seq_len}",
         QUALITY_COLUMNS,
     )

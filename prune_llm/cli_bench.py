@@ -1,0 +1,90 @@
+"""The `bench` command: its progress, its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress as Bar
+
+from prune_llm.cli_tables import new_table, size
+
+if TYPE_CHECKING:
+    from prune_llm_eval.speed import SpeedReport
+
+LINEAR_COLUMNS = ("linear", "O x I", "rows", "thr", "torch ms", "ours dense", "packed", "limit")
+DECODE_COLUMNS = ("context", "thr", "transformers", "ours dense", "packed", "faster", "limit")
+
+
+def run_bench(
+    console: Console,
+    errors: Console,
+    model: str,
+    against: str | None,
+    settings: dict[str, Any],
+    json_file: Path | None,
+) -> None:
+    """Measure, print the tables and one JSON line."""
+    from prune_llm_eval.speed import SpeedConfig, measure
+
+    config = SpeedConfig(**settings)
+    with Bar(console=errors, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        report = measure(
+            model,
+            against,
+            config,
+            lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    print_speed(console, report)
+    click.echo(report.json_line())
+    if json_file is not None:
+        json_file.write_text(report.json_line() + "\n")
+
+
+def print_speed(console: Console, report: SpeedReport) -> None:
+    """Linears, decoding, memory, and what the columns mean."""
+    about = report.about
+    console.print(", ".join(f"{key} {about[key]}" for key in ("cpu", "isa", "torch", "dtype")))
+    if report.linears:
+        table = new_table("one linear after the other", LINEAR_COLUMNS)
+        for row in report.linears:
+            table.add_row(
+                row.kind,
+                f"{row.out_features}x{row.in_features}",
+                str(row.batch),
+                str(row.threads),
+                f"{row.torch_seconds * 1e3:.3f}",
+                f"{row.torch_seconds / row.dense_seconds:.2f}x",
+                f"{row.speed_up:.2f}x",
+                "cached" if row.cached else f"{row.limit:.0%}",
+            )
+        console.print(table)
+    table = new_table("decoding, tokens/s", DECODE_COLUMNS)
+    for decode in report.decodes:
+        table.add_row(
+            str(decode.context),
+            str(decode.threads),
+            f"{decode.transformers:.1f}",
+            f"{decode.own_dense:.1f}",
+            f"{decode.packed:.1f}",
+            f"{decode.speed_up:.2f}x",
+            f"{decode.limit:.0%}",
+        )
+    console.print(table)
+    resident = report.resident
+    console.print(
+        f"memory while decoding: {size(resident.loaded)} = {size(resident.weights)} of weights + "
+        f"{size(resident.cache)} of cache + {resident.excess:.1%}, beside "
+        f"{size(resident.imported)} of interpreter and libraries",
+        soft_wrap=True,
+    )
+    console.print(
+        "faster: packed against transformers' generate on the dense model; limit: share of the "
+        "speed at which memory delivers the bytes, measured in the same run",
+        soft_wrap=True,
+    )
