@@ -60,6 +60,14 @@ class Source:
     sampling: Sampling
 
 
+def check_seq_len(seq_len: int | None, context: int) -> None:
+    """Raise ValueError for windows longer than the model was made for."""
+    if seq_len is not None and seq_len > context:
+        raise ValueError(
+            f"seq_len {seq_len}: the model's context is {context} tokens; give at most that"
+        )
+
+
 def load_calibration(source: Source, tokenizer: PreTrainedTokenizerBase) -> Calibration:
     """Read, tokenise and cut.
 

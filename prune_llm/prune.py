@@ -20,6 +20,7 @@ from prune_llm.calibration import (
     Calibration,
     Sampling,
     Source,
+    check_seq_len,
     load_calibration,
     load_tokenizer,
 )
@@ -282,11 +283,13 @@ def _calibration(
 ) -> Calibration | None:
     if config.calibration is None and METHODS[config.method].needs == Needs.NOTHING:
         return None
+    context = arch.text_width(architecture.model)
+    check_seq_len(config.seq_len, context)
     source = Source(
         name=config.calibration or BUNDLED,
         separator=config.separator,
         samples=config.samples,
-        seq_len=config.seq_len or min(2048, arch.text_width(architecture.model)),
+        seq_len=config.seq_len or min(2048, context),
         seed=config.seed,
         sampling=config.sampling,
     )

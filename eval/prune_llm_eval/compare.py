@@ -13,6 +13,7 @@ from torch import Tensor
 from prune_llm.architecture import RUN_DTYPES, block_linears
 from prune_llm.calibration import (
     BUNDLED,
+    check_seq_len,
     cut_windows,
     load_tokenizer,
     read_documents,
@@ -104,6 +105,8 @@ def evaluate_all(
 
 def _windows(checkpoint: SparseCheckpoint, config: EvalConfig) -> Tensor:
     context = checkpoint.config.get("max_position_embeddings")
+    if isinstance(context, int):
+        check_seq_len(config.seq_len, context)
     seq_len = config.seq_len or min(2048, context if isinstance(context, int) else 2048)
     tokenizer = load_tokenizer(checkpoint.directory)
     ids, _ = tokenize(_documents(config), tokenizer)

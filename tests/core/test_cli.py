@@ -41,7 +41,7 @@ BAD = [
     (["--calibration", "none.txt"], "no such file"),
     (["--device", "cuda:99"], "CUDA devices that torch can use"),
     (["--ignore", "nothing"], "matches no linear"),
-    (["--seq-len", "999999"], "one sample needs 999999"),
+    (["--seq-len", "999999"], "seq_len 999999: the model's context is 128 tokens"),
     (["--colour", "red"], "No such option"),
 ]
 
@@ -56,6 +56,14 @@ def test_bad_input_is_one_line_and_exit_2(
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_text_shorter_than_a_sample(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("twenty bytes of text")
+    result = cli("prune", tiny_llama, "-o", tmp_path / "out", "--calibration", text)
+    assert result.exit_code == 2
+    assert "20 tokens" in result.stderr and "needs 128" in result.stderr
 
 
 def test_output_that_is_not_empty(cli: Cli, tiny_llama: Path, tmp_path: Path) -> None:

@@ -96,4 +96,4 @@ def test_command_prints_and_writes_json(
     assert "189 predicted tokens in 3 windows of 64" in result.output
     assert f"{rows[1]['quality']['token_ppl']:.4f}" in result.output
     short = cli("eval", tiny_llama, "--text", corpus, "--seq-len", 100000)
-    assert short.exit_code == 2 and "one sample needs 100000" in short.stderr
+    assert short.exit_code == 2 and "the model's context is 128 tokens" in short.stderr
