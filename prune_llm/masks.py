@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prune_llm_kernels.selection import mark_lowest, supports_mark_lowest
+
 Scope = Literal["row", "matrix"]
 
 
@@ -112,6 +114,8 @@ def keep_mask(scores_OI: Tensor, pattern: Pattern, scope: Scope = "row") -> Tens
         count = round(scores_OI.numel() * pattern.sparsity)
         return ~lowest(scores_OI.reshape(1, -1), count).reshape(scores_OI.shape)
     pruned = torch.tensor(pruned_per_row((scores_OI.shape[0], scores_OI.shape[1]), pattern))
+    if supports_mark_lowest(scores_OI):
+        return mark_lowest(scores_OI, pruned).logical_not_()
     keep_OI = torch.ones_like(scores_OI, dtype=torch.bool)
     for count in pruned.unique().tolist():  # at most two different counts
         rows = (pruned == count).nonzero().flatten().to(scores_OI.device)
@@ -192,7 +196,8 @@ def check_keep_mask(keep_OI: Tensor, pattern: Pattern, scope: Scope = "row") -> 
         return f"{total} weights pruned, {sum(pruned_R)} requested"
     if pattern.m is not None and pattern.n is not None:
         return _check_groups(keep_OI, pattern)
-    if scope == "row" and (~keep_OI).sum(dim=1).tolist() != pruned_R:
+    kept_O = keep_OI.view(torch.uint8).sum(dim=1, dtype=torch.int32)
+    if scope == "row" and (width - kept_O).tolist() != pruned_R:
         return "the rows do not lose equally many weights"
     return None
 

@@ -16,9 +16,13 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import settings
 from tiny_models import llama_config, save_model
 
 ROOT = Path(__file__).parents[1]
+# time says nothing on a shared machine
+settings.register_profile("prune_llm", deadline=None)
+settings.load_profile("prune_llm")
 REFERENCE = ROOT.parent / "shared" / "reference"
 
 

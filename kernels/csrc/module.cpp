@@ -11,6 +11,7 @@
 
 #include "linear.h"
 #include "plan.h"
+#include "select.h"
 #include "threads.h"
 #include "tokens_calls.h"
 
@@ -162,6 +163,12 @@ void add_squares(int isa, int dtype, int threads, uintptr_t x, uintptr_t sum, in
                   {at<void>(x), reinterpret_cast<double*>(sum), tokens, width});
 }
 
+void mark_lowest(int threads, uintptr_t scores, int64_t rows, int64_t width, uintptr_t counts,
+                 uintptr_t marked) {
+  run_mark_lowest(threads, at<float>(scores), rows, width, at<int64_t>(counts),
+                  reinterpret_cast<uint8_t*>(marked));
+}
+
 // bitmask, values, offsets, bytes of an offset, O, nnz, bias, y; bitmask 0 for a dense weight.
 using PlanWeightTuple =
     std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
@@ -247,6 +254,9 @@ NB_MODULE(_C, module) {
   module.def("add_squares", &add_squares, nb::arg("isa"), nb::arg("dtype"), nb::arg("threads"),
              nb::arg("x"), nb::arg("sum"), nb::arg("tokens"), nb::arg("width"), Unlocked(),
              "sum [I] += the squares of x [T, I], token by token.");
+  module.def("mark_lowest", &mark_lowest, nb::arg("threads"), nb::arg("scores"), nb::arg("rows"),
+             nb::arg("width"), nb::arg("counts"), nb::arg("marked"), Unlocked(),
+             "marked [R, W]: the counts [R] lowest of the scores [R, W], the leftmost of equals.");
   nb::class_<Plan>(module, "Plan", "Operations over fixed buffers, replayed in one call.")
       .def("__init__",
            [](Plan* plan, int isa, int dtype) { new (plan) Plan(isa_at(isa), dtype_at(dtype)); },

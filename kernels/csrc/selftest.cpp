@@ -8,11 +8,14 @@
 #include <vector>
 
 #include "linear.h"
+#include "selftest.h"
 #include "threads.h"
 
 namespace {
 
 int failures = 0;
+
+}  // namespace
 
 void expect(bool holds, const char* what, const Isa& isa, int dtype, int64_t rows, int64_t columns,
             int64_t batch) {
@@ -22,13 +25,8 @@ void expect(bool holds, const char* what, const Isa& isa, int dtype, int64_t row
               (long long)rows, (long long)columns, (long long)batch);
 }
 
-// Small quarters: exact in every dtype, and so are their float32 sums, whatever the order of
-// addition. Results are the exact sum, rounded once to the dtype.
-float small_value(std::mt19937& random) { return static_cast<int>(random() % 9) * 0.5f - 2.25f; }
-
 size_t elem_bytes(DType dtype) { return dtype == kF32 ? 4 : 2; }
 
-// |value| is 0 or between 2^-14 and 65504 and fits the dtype exactly.
 void encode(DType dtype, float value, char* out) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -43,6 +41,27 @@ void encode(DType dtype, float value, char* out) {
     half = static_cast<uint16_t>(bits >> 16 & 0x8000);
   std::memcpy(out, &half, 2);
 }
+
+float decode(DType dtype, const char* in) {
+  uint32_t bits;
+  uint16_t half;
+  float value;
+  std::memcpy(&half, in, 2);
+  bits = uint32_t(half) << 16;
+  if (dtype == kF16) {
+    bits = uint32_t(half & 0x8000) << 16;
+    if (half & 0x7fff) bits |= (uint32_t(half & 0x7fff) << 13) + 0x38000000;
+  }
+  if (dtype == kF32) std::memcpy(&bits, in, 4);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+namespace {
+
+// Small quarters: exact in every dtype, and so are their float32 sums, whatever the order of
+// addition. Results are the exact sum, rounded once to the dtype.
+float small_value(std::mt19937& random) { return static_cast<int>(random() % 9) * 0.5f - 2.25f; }
 
 std::vector<char> encode_all(DType dtype, const std::vector<float>& values) {
   std::vector<char> out(values.size() * elem_bytes(dtype));
@@ -97,21 +116,6 @@ struct Case {
     return y;
   }
 };
-
-float decode(DType dtype, const char* in) {
-  uint32_t bits;
-  uint16_t half;
-  float value;
-  std::memcpy(&half, in, 2);
-  bits = uint32_t(half) << 16;
-  if (dtype == kF16) {
-    bits = uint32_t(half & 0x8000) << 16;
-    if (half & 0x7fff) bits |= (uint32_t(half & 0x7fff) << 13) + 0x38000000;
-  }
-  if (dtype == kF32) std::memcpy(&bits, in, 4);
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 bool close_to_exact(const Case& c, const std::vector<char>& y) {
   const float eps = c.dtype == kBF16 ? 1 / 256.0f : c.dtype == kF16 ? 1 / 2048.0f : 0;
@@ -188,6 +192,7 @@ int main() {
             test_case(*isas[i], Case(DType(dtype), shape[0], shape[1], batch, density, ++seed));
     test_faults(*isas[i]);
     test_concurrent_calls(*isas[i]);
+    test_tokens_and_plans(*isas[i]);
     std::printf("%s: done, %s threads\n", isas[i]->name, thread_pool_name());
   }
   std::printf(failures ? "%d FAILED\n" : "all passed\n", failures);

@@ -73,6 +73,9 @@ def rotate(
 def add_squares(
     isa: int, dtype: int, threads: int, x: int, sum: int, tokens: int, width: int
 ) -> None: ...
+def mark_lowest(
+    threads: int, scores: int, rows: int, width: int, counts: int, marked: int
+) -> None: ...
 
 class Plan:
     def __init__(self, isa: int, dtype: int) -> None: ...
