@@ -25,6 +25,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python eval/bench/bench_prune.py
 	$(BIN)/python kernels/bench/bench_linear.py --quick
+	$(BIN)/python eval/bench/bench_decode.py --rounds 2
 
 # torch alone and first: a range would bring gigabytes of CUDA libraries to a machine without a GPU
 $(READY): pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)

@@ -442,14 +442,14 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def return_freed_memory() -> None:
-    """Make glibc hand tensors above 4 MB back to the system as soon as they are freed.
+    """Make glibc hand tensors above 8 MB back to the system as soon as they are freed.
 
     It raises its own limit to 32 MB otherwise and keeps what was freed in fragments, a block's
     worth and more. Holds for the process; other allocators are left as they are.
     """
     mallopt = _libc("mallopt")
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(M_MMAP_THRESHOLD, 8 << 20)
         # what a block's run frees it needs again at once: handing it back costs a fault a page
         mallopt(M_TRIM_THRESHOLD, 32 << 20)
 

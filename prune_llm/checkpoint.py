@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,6 +169,30 @@ class Checkpoint:
                 if progress is not None:
                     progress(len(chunk))
         return digest.hexdigest()
+
+
+class Hashing:
+    """A checkpoint's hash in the making, beside other work; a stopped program does not wait."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._found: str | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found = self._checkpoint.sha256()
+        except BaseException as error:  # raised again where the result is asked for
+            self._found = error
+
+    def result(self) -> str:
+        """Wait for the hash; raises what reading the checkpoint raised."""
+        self._thread.join()
+        if isinstance(self._found, BaseException):
+            raise self._found
+        assert self._found is not None
+        return self._found
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:

@@ -28,6 +28,7 @@ from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
     Checkpoint,
+    Hashing,
     Staging,
     StoredTensor,
     companions,
@@ -45,7 +46,7 @@ from prune_llm.verification import verify
 FORMATS = ("dense", "sparse")
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
 # memory small; narrow models need more to outweigh the cost of a call
-MIN_BATCH_TOKENS, MAX_BATCH_TOKENS, BATCH_VALUES = 512, 4096, 1 << 19
+MIN_BATCH_TOKENS, MAX_BATCH_TOKENS, BATCH_VALUES = 512, 4096, 1 << 20
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -180,6 +181,7 @@ class _Job:
     device: torch.device
     dtype: torch.dtype
     on_progress: OnProgress | None
+    hashing: Hashing
     linears: list[LinearResult] = field(default_factory=list)
     parts: dict[str, StoredTensor] = field(default_factory=dict)
     writer: SparseWriter | None = None
@@ -200,7 +202,11 @@ class _Job:
         dtype = arch.run_dtype(config.dtype, stored)
         _check_ignore(architecture, config.ignore)
         calibration = _calibration(config, checkpoint, architecture)
-        job = cls(config, checkpoint, architecture, calibration, device, dtype, on_progress)
+        # beside the pruning: to read and hash the model takes as long as a block or two
+        hashing = Hashing(checkpoint)
+        job = cls(
+            config, checkpoint, architecture, calibration, device, dtype, on_progress, hashing
+        )
         job.warnings += _calibration_warnings(config, calibration)
         return job
 
@@ -251,7 +257,7 @@ class _Job:
             model=str(self.checkpoint.directory),
             output=output,
             config=asdict(self.config),
-            model_sha256=self.checkpoint.sha256(),
+            model_sha256=self.hashing.result(),
             calibration=_describe(self.calibration),
             environment=environment(self.device, self.dtype),
             linears=self.linears,
