@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prune_llm.experts import Experts, is_expert_merge, unfuse
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -89,7 +91,7 @@ def build(directory: Path, tensor_names: Iterable[str]) -> Architecture:
 
     Raises:
         ValueError: not a causal LM that transformers knows, no list of decoder blocks, weights
-            that are missing on disk or stored in a form that needs conversion (fused experts).
+            that are missing on disk or stored in a form that needs conversion.
     """
     model = _skeleton(directory)
     blocks_name, blocks = _decoder_blocks(model)
@@ -112,6 +114,7 @@ def _skeleton(directory: Path) -> PreTrainedModel:
             f"{directory}: transformers cannot build a causal language model from its config.json "
             f"({reason})"
         ) from None
+    unfuse(model)
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()
@@ -145,10 +148,12 @@ def _linears(block: nn.Module, block_name: str) -> list[Linear]:
 
 
 def _is_router(block: nn.Module, kind: str, module: nn.Module) -> bool:
-    """Whether a linear scores experts: it has one output per entry of a list beside it."""
+    """Whether a linear scores experts: it has one output per entry of a list beside it, or one."""
     siblings = block.get_submodule(kind.rpartition(".")[0]).children()
     outputs = getattr(module, "out_features", None)
-    return any(isinstance(s, nn.ModuleList) and len(s) == outputs for s in siblings)
+    if outputs == 1:  # how much a shared expert counts
+        return True
+    return any(isinstance(s, nn.ModuleList | Experts) and len(s) == outputs for s in siblings)
 
 
 def block_linears(model: PreTrainedModel) -> list[Linear]:
@@ -173,8 +178,8 @@ def _refuse_fused_weights(blocks: nn.ModuleList, blocks_name: str) -> None:
         owner = blocks.get_submodule(name.rpartition(".")[0])
         if parameter.ndim >= 3 and not isinstance(owner, nn.Conv1d):
             raise ValueError(
-                f"{blocks_name}.{name}: fused experts of shape {tuple(parameter.shape)} are not "
-                "supported yet; this version prunes models whose block weights are linears"
+                f"{blocks_name}.{name}: fused weights of shape {tuple(parameter.shape)} are of a "
+                "kind that is not supported; linears and experts of silu(gate) * up are"
             )
 
 
@@ -203,7 +208,7 @@ def _memory_name(model: PreTrainedModel, disk_name: str, state: dict[str, Any]) 
 
     if disk_name in state:
         return disk_name
-    mapping = get_model_conversion_mapping(model)
+    mapping = [rule for rule in get_model_conversion_mapping(model) if not is_expert_merge(rule)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
     name, converter = rename_source_key(

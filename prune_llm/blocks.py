@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from prune_llm.architecture import Architecture, Linear
 from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
+from prune_llm.experts import with_index, without_index
 from prune_llm.fused_block import FusedBlock, fused_block, is_plain_call
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
@@ -242,7 +243,7 @@ class Walk:
         if kinds not in self._site_names:
             self._site_names[kinds] = _observe(linears, run)
         by_kind = {linear.kind: linear for linear in linears}
-        grouped = self._site_names[kinds]
+        grouped = _complete(self._site_names[kinds], kinds)
         reads = Counter(kind for names in grouped for kind in names)
         for kind in kinds:
             if reads[kind] != 1:
@@ -379,6 +380,19 @@ def _updater(
             raise _Captured
 
     return hook
+
+
+def _complete(grouped: list[tuple[str, ...]], kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Experts that no token reached when the block ran share inputs as those that were reached."""
+    seen = {kind for names in grouped for kind in names}
+    alike = {without_index(names[0]): names for names in grouped}
+    found = list(grouped)
+    for kind in kinds:
+        names = alike.get(without_index(kind))
+        if kind not in seen and names is not None:
+            found.append(tuple(with_index(name, kind) for name in names))
+            seen.update(found[-1])
+    return found
 
 
 def _observe(linears: list[Linear], run: Callable[[], None]) -> list[tuple[str, ...]]:

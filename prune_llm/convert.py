@@ -25,6 +25,7 @@ from prune_llm.checkpoint import (
     save_part,
     write_shards,
 )
+from prune_llm.experts import without_index
 from prune_llm.format import DTYPES as PACKABLE
 from prune_llm.format import PACKED
 from prune_llm.masks import Pattern
@@ -290,11 +291,11 @@ def _kinds(checkpoint: SparseCheckpoint) -> list[KindInfo]:
             weight = tensor.read()
             zeros = weight.numel() - int(torch.count_nonzero(weight))
             size = tensor.nbytes
-            _add(found, KindInfo(kind[1], 1, 0, weight.numel(), zeros, size, size))
+            _add(found, KindInfo(without_index(kind[1]), 1, 0, weight.numel(), zeros, size, size))
     for packed in checkpoint.packed.values():
         kind = BLOCK_WEIGHT.search(packed.name)
         weights = packed.shape_OI[0] * packed.shape_OI[1]
-        zeros, label = weights - packed.kept, kind[1] if kind else packed.name
+        zeros, label = weights - packed.kept, without_index(kind[1] if kind else packed.name)
         _add(found, KindInfo(label, 1, 1, weights, zeros, packed.dense_nbytes, packed.nbytes))
     return list(found.values())
 

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prune_llm.architecture import _memory_name
 from prune_llm.checkpoint import StoredTensor, _read_config, locate, read_header
+from prune_llm.experts import Experts, is_expert_merge, unfuse, without_index
 from prune_llm.format import BITMASK, OFFSETS, PACKED, QUANT_METHOD, SparseFormat, offsets_dtype
 from prune_llm.sparse_checkpoint import (
     VARIANT,
@@ -136,10 +137,18 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         for file in checkpoint_files:
             tensors |= {tensor.name: tensor for tensor in read_header(Path(file))}
         packed, _plain = split_packed(tensors, self.quantization_config.form)
+        if any(without_index(name) != name for name in packed):
+            unfuse(model)  # experts are stored, and stay, a matrix each
         state = model.state_dict(keep_vars=True)
         for weight in packed.values():
             name = _memory_name(model, weight.name, state)
             _replace(model, name.removesuffix(".weight"), weight)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without the rules that merge experts, where they stay apart."""
+        if any(isinstance(module, Experts) for module in model.modules()):
+            return [rule for rule in weight_conversions if not is_expert_merge(rule)]
+        return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for module in _sparse_linears(model).values():

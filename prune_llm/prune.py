@@ -345,6 +345,13 @@ def _prune_block(job: _Job, block: Block, directory: Path) -> None:
     collected = block.collect(method.needs)
     for site in list(collected):
         statistics = collected.pop(site)  # the Gram matrix is freed with its site
+        method = METHODS[job.config.method]
+        if statistics is not None and statistics.tokens == 0:
+            method = METHODS["magnitude"]
+            job.warnings.append(
+                f"{block.name}.{site.name}: no calibration token reached it; pruned by magnitude, "
+                "give more samples"
+            )
         _warn_rank(job, f"{block.name}.{site.name}", statistics, method.needs)
         started = time.perf_counter()
         weights = tuple(block.weight_OI(linear) for linear in site.linears)

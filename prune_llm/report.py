@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_llm.architecture import Linear
+from prune_llm.experts import without_index
 from prune_llm.masks import Pattern
 from prune_llm.methods import Solution
 from prune_llm.statistics import LayerError
@@ -121,8 +122,10 @@ class PruneReport:
         return 1 - sum(r.kept for r in self.linears) / sum(r.weights for r in self.linears)
 
     def kinds(self) -> list[KindResult]:
-        names = dict.fromkeys(result.kind for result in self.linears)
-        return [KindResult.of(name, [r for r in self.linears if r.kind == name]) for name in names]
+        grouped: dict[str, list[LinearResult]] = {}
+        for result in self.linears:
+            grouped.setdefault(without_index(result.kind), []).append(result)
+        return [KindResult.of(name, results) for name, results in grouped.items()]
 
     def total(self) -> KindResult:
         return KindResult.of("total", self.linears)

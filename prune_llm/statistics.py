@@ -76,12 +76,14 @@ class InputStatistics:
         """Root mean square over sequences up to a constant: ||X_i||_2, float32 [I] (Wanda)."""
         return self.square_sum_I.sqrt()
 
-    def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError:
+    def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError | None:
         """||(W - W') X||_F^2 / ||W X||_F^2 over the sampled tokens.
 
         Products in the dtype of the tokens: bfloat16 rounds each to 0.4 %, far below the sample's
-        own error.
+        own error. None where no token was seen.
         """
+        if self.tokens == 0:
+            return None
         x_TI = self.sample_TI
         if x_TI.dtype != torch.bfloat16:
             x_TI = x_TI.float()

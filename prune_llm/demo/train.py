@@ -58,8 +58,8 @@ class TrainConfig:
     # far above the usual 0.02, at which the tied embeddings of names stayed almost parallel (cosine
     # 0.8 after 4.9 million tokens); meant to keep them apart, not shown to be enough
     initializer_range: float = 0.08
-    # parts of the steps for rows of one story (short, then long) and for windows of the stream:
-    # alone in its row, a story can refer back to no names but its own
+    # parts of the steps for rows of one story (short, then long) and for windows of the stream;
+    # alone in its row, a story can refer back to no names but its own; windows never taught it
     phases: tuple[float, float, float] = (0.35, 0.4, 0.25)
     short_row: int = 128
     long_row: int = 256
@@ -234,7 +234,7 @@ def train(
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
             optimizer.zero_grad()
-        smooth += (float(loss) - smooth) * 0.02
+        smooth += (loss.item() - smooth) * 0.02
         if (step + 1) % config.save_every == 0:
             on_save()
         if step % 50 == 0 or step == config.steps - 1:

@@ -106,7 +106,9 @@ def test_walk_without_pruning_reproduces_the_hidden_states(name: str, tmp_path: 
     )  # fmt: skip
     for block in walk:
         assert block._stream is not None
-        assert torch.equal(torch.cat(block._stream.batches), expected[block.index])
+        found = torch.cat(block._stream.batches)
+        # a fused block rounds once where the model rounds after every operation
+        torch.testing.assert_close(found, expected[block.index], rtol=1e-5, atol=1e-6)
         assert [site.name for site in block.collect(Needs.GRAM)] == sites
 
 
@@ -146,11 +148,13 @@ def test_conv1d_groups_run_along_its_inputs(tmp_path: Path, corpus: Path) -> Non
     assert bool((kept == 1).all())
 
 
-def test_fused_experts_are_refused(tmp_path: Path, corpus: Path) -> None:
+def test_experts_of_another_kind_are_refused(tmp_path: Path, corpus: Path) -> None:
+    """GPT-OSS: interleaved gate and up, biases, clamps."""
     import transformers as tf
 
-    directory = save_model(tmp_path / "model", tf.MixtralConfig(**SIZES, num_local_experts=4))
-    with pytest.raises(ValueError, match=r"fused experts .* not supported yet"):
+    settings = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    directory = save_model(tmp_path / "model", tf.GptOssConfig(**settings))
+    with pytest.raises(ValueError, match=r"fused weights of shape .* not supported"):
         prune(directory, PruneConfig(calibration=str(corpus)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

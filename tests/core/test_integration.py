@@ -218,6 +218,14 @@ def test_generate_is_greedy_as_the_dense_model(pair: tuple[Path, Path]) -> None:
     assert torch.equal(ours, dense.generate(TOKENS, **settings))
 
 
+def test_a_packed_block_compiles_without_a_break(pair: tuple[Path, Path]) -> None:
+    mlp = load(pair[1]).model.layers[1].mlp
+    x = torch.randn(2, 3, 64).bfloat16()
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), mlp(x))
+
+
 def test_changed_tensors_are_checked_again(pair: tuple[Path, Path]) -> None:
     model = load(pair[1])
     module = sparse_linears(model)[0]

@@ -1,0 +1,143 @@
+"""Mixture-of-experts models: taken apart, pruned, stored packed, loaded, saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import save_model
+
+import prune_llm
+from prune_llm import PruneConfig, prune
+from prune_llm.checkpoint import open_checkpoint
+from prune_llm.convert import export, info
+from prune_llm.experts import Experts, unfuse, with_index, without_index
+from prune_llm.sparse_linear import SparseLinear
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+TOKENS = torch.arange(3, 40).reshape(1, -1)
+
+
+def configs() -> dict[str, Any]:
+    import transformers as tf
+
+    moe = {**SIZES, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+    return {
+        "mixtral": tf.MixtralConfig(**SIZES, num_local_experts=5, sliding_window=None),
+        "qwen3_moe": tf.Qwen3MoeConfig(**moe, head_dim=8),
+        "qwen2_moe": tf.Qwen2MoeConfig(**moe, shared_expert_intermediate_size=40),
+        "olmoe": tf.OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
+    }
+
+
+@pytest.fixture(scope="module", params=configs())
+def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    return save_model(folder / "dense", configs()[request.param])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(TOKENS).logits
+
+
+def load_dense(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_experts_apart_compute_what_fused_ones_do(dense: Path) -> None:
+    model = load_dense(dense)
+    expected = logits(model)
+    stored = open_checkpoint(dense).tensors
+    assert unfuse(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, Experts):
+            continue
+        for path, linear in module.named_modules():
+            if isinstance(linear, torch.nn.Linear):
+                on_disk = f"{name}.{path}.weight"
+                if on_disk not in stored:
+                    on_disk = on_disk.replace(".mlp.", ".block_sparse_moe.")
+                linear.weight = torch.nn.Parameter(stored[on_disk].read(), requires_grad=False)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_experts_are_pruned_packed_and_loaded(
+    dense: Path, method: str, corpus: Path, tmp_path: Path
+) -> None:
+    config = PruneConfig(method=method, calibration=str(corpus), samples=8, seq_len=64)
+    report = prune(dense, config, tmp_path / "sparse")
+    experts = [result for result in report.linears if ".experts." in result.name]
+    model = load_dense(dense)
+    count = sum(
+        len(module.gate_up_proj) * 3
+        for module in model.modules()
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.ndim == 3
+    )
+    assert len(experts) == count > 0
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert not any("router" in r.name or r.name.endswith("gate") for r in report.linears)
+    assert not any(r.name.endswith("shared_expert_gate") for r in report.linears)
+    kinds = [kind.kind for kind in report.kinds()]
+    assert sum("experts.*." in kind for kind in kinds) == 3
+    loaded = prune_llm.load(tmp_path / "sparse")
+    packed = [m for m in loaded.modules() if isinstance(m, SparseLinear)]
+    assert len(packed) == len(report.linears)
+    export(tmp_path / "sparse", tmp_path / "plain", "dense")
+    expected = logits(load_dense(tmp_path / "plain"))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+    stored = info(tmp_path / "sparse", True)
+    assert stored.verified and sum("experts.*." in kind.kind for kind in stored.kinds) == 3
+
+
+def test_saved_and_loaded_again(dense: Path, tmp_path: Path) -> None:
+    prune(dense, PruneConfig(method="magnitude", pattern="2:4"), tmp_path / "sparse")
+    loaded = prune_llm.load(tmp_path / "sparse")
+    expected = logits(loaded)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(prune_llm.load(tmp_path / "again")), expected)
+    dequantized = prune_llm.load(tmp_path / "sparse", dequantize=True)
+    torch.testing.assert_close(logits(dequantized), expected, rtol=1e-4, atol=1e-5)
+    dequantized.save_pretrained(tmp_path / "plain")
+    plain = logits(load_dense(tmp_path / "plain"))
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_generated_by_packed_experts(dense: Path, tmp_path: Path) -> None:
+    prune(dense, PruneConfig(method="magnitude"), tmp_path / "sparse")
+    found = prune_llm.generate(tmp_path / "sparse", [5, 6, 7], max_tokens=8, ignore_eos=True)
+    assert len(found.token_ids) == 8 and found.decoder.startswith("transformers (")
+
+
+def test_an_expert_without_tokens_is_pruned_by_magnitude(
+    dense: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config = PruneConfig(method="wanda", calibration=str(corpus), samples=1, seq_len=2)
+    report = prune(dense, config, tmp_path / "sparse")
+    unseen = [w for w in report.warnings if "no calibration token reached it" in w]
+    assert unseen and "pruned by magnitude" in unseen[0]
+    errors = {result.name: result.error for result in report.linears}
+    missed = unseen[0].split(":")[0].split(",")[0]
+    assert errors[missed] is None
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_names() -> None:
+    name = "mlp.experts.17.w1"
+    assert without_index(name) == "mlp.experts.*.w1"
+    assert with_index("mlp.experts.3.w2", name) == "mlp.experts.17.w2"
+    assert without_index("mlp.up_proj") == "mlp.up_proj" == with_index("mlp.up_proj", name)
