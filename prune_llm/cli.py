@@ -38,7 +38,7 @@ class OneLineErrors(click.Group):
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx is not None else "prune-llm"
             _fail(ctx, f"{error.format_message().rstrip('.')} (see {where} --help)")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:  # ImportError: kernels not built
             if ctx.params.get("traceback"):
                 raise
             _fail(ctx, str(error) or type(error).__name__)

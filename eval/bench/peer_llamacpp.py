@@ -1,8 +1,8 @@
 """llama.cpp as a peer: the same Llama in BF16, Q8_0 and Q4_0, decoded with the same threads.
 
-Needs llama-cpp-python and gguf; writes the weights of a Hugging Face directory into GGUF files of
-the same shape. Only the time of a token counts, so queries and keys keep their Hugging Face order
-(llama.cpp's own converter reorders them) and there is no vocabulary.
+Needs llama-cpp-python, gguf, safetensors and torch; writes the weights of a Hugging Face directory
+into GGUF files of the same shape. Only the time of a token counts, so queries and keys keep their
+Hugging Face order (llama.cpp's own converter reorders them) and there is no vocabulary.
 """
 
 from __future__ import annotations
@@ -101,15 +101,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="folder that keeps the GGUF files")
     options = parser.parse_args()
     speeds = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind in KINDS:
-            file = Path(folder) / f"{kind}.gguf"
-            write_gguf(options.model, kind, file)
+            file = (options.work or Path(folder)) / f"{kind}.gguf"
+            if not file.exists():
+                write_gguf(options.model, kind, file)
             speeds[kind] = time_file(file, options.context, options.tokens, options.threads)
             print(f"llama.cpp {kind}: {speeds[kind]:.1f} tokens/s", flush=True)
-            file.unlink()
+            if options.work is None:
+                file.unlink()
     print(json.dumps(speeds))
 
 

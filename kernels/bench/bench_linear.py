@@ -90,7 +90,7 @@ def make_weights(
 ) -> tuple[list[Tensor], list[PackedWeight]]:
     """Dense weights and packed ones: enough copies of each to exceed the caches."""
     keep = keep_mask(pattern, O, I)
-    weight = (torch.randn(O, I) + 3).to(dtype) * keep
+    weight = (torch.randn(O, I).abs() + 1).to(dtype) * keep  # no zero but the pruned
     packed = reference.pack(weight, fixed_count=":" in pattern)
     offsets = packed.offsets
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,3 +344,16 @@ def test_generate_command_refuses(
     result = cli("generate", tiny_llama, *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+def test_an_extension_that_is_not_built_is_one_line(tiny_llama: Path) -> None:
+    code = (
+        "import sys; sys.modules['prune_llm_kernels._C'] = None\n"
+        "from prune_llm.cli import main\n"
+        f"main(['generate', {str(tiny_llama)!r}, '--prompt', 'x', '--max-tokens', '2'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "run `pip install .`" in lines[0]
+    assert "PRUNE_LLM_BACKEND=reference" in lines[0] and "Traceback" not in done.stderr
