@@ -71,7 +71,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
 
 @main.command("prune")
 @click.argument("model")
-@click.option("-o", "--output", required=True, help="Directory to write; must not exist yet.")
+@click.option("-o", "--output", required=True, help="Directory to write; new or empty.")
 @_option("method", help=f"Pruning method: {', '.join(METHODS)}.")
 @click.option("--sparsity", help="Share of weights to prune, such as 0.5.  [default: 0.5]")
 @click.option("--pattern", help="N:M (N weights kept of every M inputs) such as 2:4, or a share.")
@@ -97,11 +97,15 @@ def prune_command(
     if sparsity is not None and ":" in sparsity:
         raise ValueError(f"sparsity {sparsity!r}: must be a share in (0, 1); N:M goes to --pattern")
     options["pattern"] = sparsity or pattern or DEFAULTS["pattern"]
-    config = PruneConfig(**options)
+    try:
+        config = PruneConfig(**options)
+    except ValueError as error:
+        asked = "pattern" if sparsity is None else "sparsity"
+        raise ValueError(str(error).replace("pattern ", f"{asked} ", 1)) from None
     with progress_bar() as show:
         report = prune(model, config, output, show)
     print_prune_report(console, report)
-    console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]")
+    console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]", soft_wrap=True)
 
 
 @contextmanager
@@ -115,6 +119,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         TextColumn("left"),
         console=errors,
         transient=True,
+        disable=not errors.is_terminal,
     )
     with bar:
         task = bar.add_task("reading the model", total=None)
@@ -140,6 +145,7 @@ def eval_command(model: str, against: str | None, json_file: str | None, **optio
     """Token perplexity of MODEL on a text, and its KL to the dense model."""
     from prune_llm_eval.compare import EvalConfig, evaluate
 
+    _check_folder("json", json_file)
     with eval_bar() as show:
         rows = evaluate(model, against, EvalConfig(**options), show)
     print_quality(console, rows)
@@ -147,9 +153,15 @@ def eval_command(model: str, against: str | None, json_file: str | None, **optio
         Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
+def _check_folder(option: str, file: str | None) -> None:
+    """Before the work, not behind it."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"{option} {file!r}: its folder does not exist; make it first")
+
+
 @contextmanager
 def eval_bar() -> Iterator[Callable[[str, int, int], None]]:
-    with Bar(console=errors, transient=True) as bar:
+    with Bar(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda what, done, total: bar.update(
             task, total=total, completed=done, description=what
@@ -158,7 +170,7 @@ def eval_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @main.command("export")
 @click.argument("model")
-@click.option("-o", "--output", required=True, help="Directory to write; must not exist yet.")
+@click.option("-o", "--output", required=True, help="Directory to write; new or empty.")
 @click.option(
     "--format",
     "format_",
@@ -170,7 +182,7 @@ def export_command(model: str, output: str, format_: str) -> None:
     """Write MODEL in the other form, bit for bit."""
     from prune_llm.convert import export
 
-    with Bar(console=errors, transient=True) as bar:
+    with Bar(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(f"writing the {format_} form", total=None)
         export(
             model,
@@ -255,6 +267,7 @@ def bench_command(
     given = {name: value for name, value in settings.items() if value != ()}
     if no_linears:
         given["batches"] = ()
+    _check_folder("json", json_file)
     file = None if json_file is None else Path(json_file)
     run_bench(console, errors, model, against, given, file)
 

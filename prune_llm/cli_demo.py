@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from prune_llm.cli_tables import print_prune_report, print_quality, size
+from prune_llm.cli_tables import print_prune_report, print_quality
 from prune_llm.demo import model_path
 from prune_llm.methods import METHODS
 from prune_llm.prune import PruneConfig, prune
 
 SPARSITY = "0.5"
 PROMPT_SEED = 1
-STORY_TOKENS = 160
+STORY_TOKENS = 300
 
 
 def run_demo(console: Console, output: Path) -> None:
@@ -72,13 +72,13 @@ def tell(model: Path) -> str:
 
 
 def _next_steps(console: Console, dense: Path, pruned: Path) -> None:
-    weights = size((dense / "model.safetensors").stat().st_size)
     console.rule("what to try next")
     console.print(
-        f"The bundled model ({weights}) is [bold]{dense}[/]. For a model of your own:\n"
+        f"The bundled model is [bold]{dense}[/]. For a model of your own:\n"
         f"  prune-llm prune MODEL -o OUT --method {pruned.name} --sparsity 0.5 "
         "--calibration your_text.txt\n"
         "  prune-llm eval OUT --against MODEL --text other_text.txt\n"
+        "  prune-llm generate OUT --prompt 'Once upon a time'\n"
         "  prune-llm prune MODEL -o OUT --pattern 2:4      # hardware-friendly groups\n"
         "  prune-llm prune --help",
         soft_wrap=True,

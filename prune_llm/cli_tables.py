@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -48,8 +49,14 @@ def print_prune_report(console: Console, report: PruneReport) -> None:
     checked = report.verification
     console.print(
         f"[green]verified[/]: {checked['linears_checked']} linears read back (counts, pattern, "
-        f"finite), {checked['tensors_identical']} other tensors byte-identical"
+        f"finite), {checked['tensors_identical']} other tensors byte-identical",
+        soft_wrap=True,
     )
+    if report.calibration is not None:
+        console.print(
+            "error: ||(W - W') X||² / ||W X||² on calibration tokens, mean of the linears",
+            soft_wrap=True,
+        )
     if report.config["format"] == "dense":
         console.print("zeros are stored as zeros (format dense), so the file keeps its size")
     for warning in report.warnings:
@@ -73,7 +80,7 @@ def _kind_cells(kind: KindResult) -> list[str]:
 def print_info(console: Console, found: CheckpointInfo) -> None:
     """Pattern and bytes per kind of linear, where it comes from, and what was verified."""
     version = f" (version {found.format_version})" if found.format_version is not None else ""
-    title = f"{found.format} form{version}, pattern {found.pattern or 'unknown'}"
+    title = f"{found.format} form{version}, pattern {found.pattern or 'none recorded'}"
     table = new_table(title, INFO_COLUMNS)
     for kind in found.kinds:
         table.add_row(*_info_cells(kind))
@@ -120,12 +127,17 @@ def print_quality(console: Console, rows: list[ModelQuality]) -> None:
     for row in rows:
         table.add_row(*_quality_cells(row))
     console.print(table)
+    console.print(
+        "nats/token: mean ± standard error; KL: from the first model, nats per token; flipped: "
+        "tokens whose likeliest continuation changed; zeros: in all linears of the blocks",
+        soft_wrap=True,
+    )
 
 
 def _quality_cells(row: ModelQuality) -> list[str]:
     quality = row.quality
     return [
-        row.name,
+        _short(row.name),
         f"{quality.token_ppl:.4f}",
         f"{quality.nll:.3f}±{quality.nll_stderr:.3f}",
         "-" if quality.kl is None else f"{quality.kl:.4f}",
@@ -133,6 +145,11 @@ def _quality_cells(row: ModelQuality) -> list[str]:
         f"{row.zeros:.2%}",
         size(row.nbytes),
     ]
+
+
+def _short(path: str) -> str:
+    """The end of a long path: a table has no room for more."""
+    return path if len(path) <= 24 else f"…/{Path(path).name}"
 
 
 def size(nbytes: float) -> str:

@@ -125,12 +125,15 @@ def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 def prompt_ids(prompt: Prompt, tokenizer: Any) -> list[int]:
     """Token ids of a text, of chat messages by the model's template, or the ids themselves."""
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt).input_ids)
+        ids = list(tokenizer(prompt, verbose=False).input_ids)  # length is checked by `room`
     elif prompt and isinstance(prompt[0], Mapping):
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("chat messages: the model's tokenizer has no chat template; give text")
         ids = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, return_dict=True
+            list(prompt),
+            add_generation_prompt=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
         )["input_ids"]
     else:
         ids = [int(token) for token in prompt]  # type: ignore[arg-type]

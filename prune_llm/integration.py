@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prune_llm.architecture import _memory_name
-from prune_llm.checkpoint import StoredTensor, _read_config, locate, read_header
+from prune_llm.checkpoint import StoredTensor, _read_config, locate, open_checkpoint, read_header
 from prune_llm.experts import Experts, is_expert_merge, unfuse, without_index
 from prune_llm.format import BITMASK, OFFSETS, PACKED, QUANT_METHOD, SparseFormat, offsets_dtype
 from prune_llm.sparse_checkpoint import (
@@ -67,6 +67,8 @@ def load(
     arguments = {"dtype": dtype or "auto", "device_map": device_map, **settings}
     if is_sparse(_read_config(directory)):
         open_sparse(directory)  # our messages, before transformers builds anything
+    elif not any(file.suffix in (".safetensors", ".bin") for file in directory.iterdir()):
+        open_checkpoint(directory)  # says what is missing
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, **arguments)
     if dequantize and getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize()

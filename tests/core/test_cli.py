@@ -34,7 +34,7 @@ BAD = [
     (["--method", "foo"], "method 'foo': unknown; choose one of"),
     (["--pattern", "4:2"], "pattern '4:2'"),
     (["--pattern", "0:4"], "pattern '0:4'"),
-    (["--sparsity", "1.2"], "pattern '1.2'"),
+    (["--sparsity", "1.2"], "sparsity '1.2'"),
     (["--sparsity", "2:4"], "N:M goes to --pattern"),
     (["--sparsity", "0.5", "--pattern", "2:4"], "not both"),
     (["--samples", "abc"], "'abc' is not a valid integer"),

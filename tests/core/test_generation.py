@@ -357,3 +357,14 @@ def test_an_extension_that_is_not_built_is_one_line(tiny_llama: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "run `pip install .`" in lines[0]
     assert "PRUNE_LLM_BACKEND=reference" in lines[0] and "Traceback" not in done.stderr
+
+
+def test_a_directory_without_weights_says_so(
+    cli: Callable[..., Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    result = cli("generate", tmp_path, "--prompt", "x")
+    assert result.exit_code == 2 and "has no model.safetensors" in " ".join(result.stderr.split())
+    long = cli("generate", tiny_llama, "--prompt", "x" * 500)
+    assert long.exit_code == 2 and "the model's context is 128" in " ".join(long.stderr.split())

@@ -111,7 +111,7 @@ def test_bench_command(cli: Callable[..., Any], packed: Path, dense: Path, tmp_p
         "--threads", 1, "--no-linears", "--json", file,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "decoding, tokens/s" in result.stdout and "memory while decoding" in result.stdout
+    assert "decoding, tokens/s" in result.stdout and "memory: loading" in result.stdout
     line = json.loads(result.stdout.splitlines()[-1])
     assert line == json.loads(file.read_text()) and line["about"]["against"] == dense.name
     assert line["linears"] == []
