@@ -179,7 +179,7 @@ def _refuse_fused_weights(blocks: nn.ModuleList, blocks_name: str) -> None:
         if parameter.ndim >= 3 and not isinstance(owner, nn.Conv1d):
             raise ValueError(
                 f"{blocks_name}.{name}: fused weights of shape {tuple(parameter.shape)} are of a "
-                "kind that is not supported; linears and experts of silu(gate) * up are"
+                "kind that is not supported; linears and experts of act(gate) * up are"
             )
 
 

@@ -22,7 +22,7 @@ from prune_llm.architecture import Architecture, Linear
 from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
 from prune_llm.experts import with_index, without_index
-from prune_llm.fused_block import FusedBlock, fused_block, is_plain_call
+from prune_llm.fused_block import FusedBlock, agrees, is_plain_call
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
@@ -111,7 +111,8 @@ class Walk:
         self._select, self._tick = select, tick
         self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
         self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-        self._fusible: dict[str, bool] = {}  # by the block's modules
+        self._agrees: dict[str, bool] = {}  # by the block's modules
+        self.fused: set[int] = set()  # blocks that run with our kernels around their linears
 
     def __iter__(self) -> Iterator[Block]:
         blocks = self.architecture.blocks
@@ -259,24 +260,24 @@ class Walk:
     def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
         """Run the resident block, with our kernels around its linears where they agree with it."""
         block = self.architecture.blocks[index]
-        if call.is_plain(hidden_STD) and self._fusible[repr(block)]:
-            return FusedBlock(block)(hidden_STD, **call.kwargs)
+        if index in self.fused and call.is_plain(hidden_STD):
+            return FusedBlock(block)(hidden_STD, call.kwargs["position_embeddings"])
         with FastAttention():
             return call.run(block, hidden_STD)
 
     def _choose(self, index: int, stream: Stream) -> None:
         """Compare a block with its fused form, once for each sort, on the first tokens."""
         block, hidden_STD = self.architecture.blocks[index], stream.batches[0]
-        call = stream.calls[len(hidden_STD)][index]
-        if repr(block) in self._fusible or not call.is_plain(hidden_STD):
+        call, sort = stream.calls[len(hidden_STD)][index], repr(block)
+        if not call.is_plain(hidden_STD):
             return
-        cosine, sine = call.kwargs["position_embeddings"]
-        angles = cosine[:, :PROBE_TOKENS], sine[:, :PROBE_TOKENS]
-        probe_STD = hidden_STD[:1, :PROBE_TOKENS].to(self.device)
-        fused = fused_block(
-            block, probe_STD, {"position_embeddings": angles, "attention_mask": None}
-        )
-        self._fusible[repr(block)] = fused is not None
+        if sort not in self._agrees:
+            cosine, sine = call.kwargs["position_embeddings"]
+            angles = cosine[:, :PROBE_TOKENS], sine[:, :PROBE_TOKENS]
+            probe_STD = hidden_STD[:1, :PROBE_TOKENS].to(self.device)
+            self._agrees[sort] = agrees(block, probe_STD, angles)
+        if self._agrees[sort]:
+            self.fused.add(index)
 
     def tick(self, index: int, phase: str) -> None:
         self._tick(index, phase)

@@ -77,10 +77,12 @@ def print_speed(console: Console, report: SpeedReport) -> None:
         )
     console.print(table)
     resident = report.resident
+    other = f"{'-' if resident.other < 0 else ''}{size(abs(resident.other))}"
     console.print(
-        f"memory: loading and decoding took {size(resident.loaded)} (weights "
-        f"{size(resident.weights)}, cache {size(resident.cache)}; the rest is code and buffers, or "
-        f"weights never read), beside {size(resident.imported)} of interpreter and libraries",
+        f"memory: loading and decoding took {size(resident.loaded)}: weights "
+        f"{size(resident.weights)}, cache {size(resident.cache)}, other "
+        f"{other} (code and buffers, less weights never read), beside "
+        f"{size(resident.imported)} of interpreter and libraries",
         soft_wrap=True,
     )
     console.print(

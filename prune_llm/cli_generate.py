@@ -43,8 +43,11 @@ def _speed(generation: Generation) -> float:
 
 
 def _figures(generation: Generation) -> str:
+    reason = generation.finish_reason
+    if reason == "length":
+        reason += f": no more than {generation.max_tokens} were asked for or fit the context"
     return (
         f"{generation.prompt_tokens} prompt tokens in {generation.prefill_seconds:.2f} s, "
         f"{len(generation.token_ids)} tokens at {_speed(generation)} tokens/s "
-        f"({generation.finish_reason}; {generation.decoder})"
+        f"({reason}; {generation.decoder})"
     )

@@ -77,7 +77,7 @@ class Experts(nn.Module):
 def unfuse(model: PreTrainedModel) -> bool:
     """Take the fused experts of a model apart, where they are of the usual kind; whether any was.
 
-    The usual kind: gate and up one behind the other, no bias, silu(gate) * up. Others stay as they
+    The usual kind: gate and up one behind the other, no bias, act(gate) * up. Others stay as they
     are. The weights are not carried over: they are read later, or the model is on the meta device.
     """
     fused = {name: module for name, module in model.named_modules() if _is_fused(module)}

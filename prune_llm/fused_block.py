@@ -31,13 +31,15 @@ class FusedBlock:
     block: Any
     keep: Callable[[Tensor, Tensor], None] | None = None  # told keys and values [B, K, T, D]
 
-    def __call__(
-        self, hidden_BTD: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
-    ) -> Tensor:
-        """The block's output [B, T, D] for whole sequences under causal attention."""
+    def __call__(self, hidden_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """The block's output [B, T, D] for whole sequences under causal attention.
+
+        Args:
+            angles: cosine and sine [1, T, R], what models call position_embeddings.
+        """
         block, attention = self.block, self.block.self_attn
         normed_BTD = _norm(block.input_layernorm, hidden_BTD)
-        hidden_BTD = hidden_BTD + self._attend(attention, normed_BTD, position_embeddings)
+        hidden_BTD = hidden_BTD + self._attend(attention, normed_BTD, angles)
         normed_BTD = _norm(block.post_attention_layernorm, hidden_BTD)
         mlp = block.mlp
         inner = tokens.silu_mul(mlp.gate_proj(normed_BTD), mlp.up_proj(normed_BTD))
@@ -77,24 +79,22 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     return tokens.rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
-def fused_block(block: nn.Module, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> FusedBlock | None:
-    """A replacement for the block's forward, or None where there is none that agrees with it.
-
-    Runs both once on ``hidden_BTD``; ``kwargs`` are what the model calls the block with.
-    """
-    if not is_plain_call(hidden_BTD, kwargs):
-        return None
+def agrees(block: nn.Module, hidden_BTD: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
+    """Whether a block may run fused: it has Llama's parts, and both forms give one result."""
     try:
         check_block(block)
     except OtherParts:
-        return None
-    fused = FusedBlock(block)
-    expected = block(hidden_BTD, **kwargs)
+        return False
+    expected = block(hidden_BTD, position_embeddings=angles, attention_mask=None)
     if not isinstance(expected, Tensor):
-        return None
+        return False
     change = (expected - hidden_BTD).float()
-    distance = (fused(hidden_BTD, **kwargs) - expected).float().norm() / change.norm()
-    return fused if float(distance) <= _TOLERANCE[hidden_BTD.dtype] else None
+    distance = (FusedBlock(block)(hidden_BTD, angles) - expected).float().norm() / change.norm()
+    return float(distance) <= _TOLERANCE[hidden_BTD.dtype]
+
+
+# what a block may be given beside its angles: it says nothing that they do not
+_REDUNDANT = frozenset({"position_embeddings", "position_ids", "cache_position", "use_cache"})
 
 
 def is_plain_call(hidden_BTD: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -102,8 +102,7 @@ def is_plain_call(hidden_BTD: Tensor, kwargs: dict[str, Any]) -> bool:
     angles = kwargs.get("position_embeddings")
     return (
         tokens.supports_rows(hidden_BTD)
-        and kwargs.get("attention_mask") is None
-        and kwargs.get("past_key_values") is None
+        and all(value is None for name, value in kwargs.items() if name not in _REDUNDANT)
         and isinstance(angles, tuple)
         and len(angles) == 2
         and all(isinstance(angle, Tensor) and len(angle) == 1 for angle in angles)

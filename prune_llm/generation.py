@@ -31,6 +31,7 @@ class Generation:
         finish_reason: "stop" (a stop text or the end-of-text token) or "length"; None while it
             goes on.
         prompt_tokens: length of the prompt.
+        max_tokens: how many could follow: as asked, or what the model's context left.
         prefill_seconds: until the first token's logits; decode_seconds: for all that follow.
         decoder: what ran the tokens.
     """
@@ -39,6 +40,7 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: str | None
     prompt_tokens: int
+    max_tokens: int
     prefill_seconds: float
     decode_seconds: float
     decoder: str
@@ -88,7 +90,8 @@ def stream(
             chat template.
         params: see `SamplingParams`; None: what the model's generation_config.json says.
         tokenizer: None: the one beside the model.
-        changes: fields of SamplingParams by name, such as ``max_tokens=20``.
+        changes: fields of SamplingParams by name, such as ``max_tokens=20``. Where the context
+            leaves less room than max_tokens, `Generation.max_tokens` is smaller than asked.
 
     Raises:
         ValueError: a bad parameter, an empty prompt, one that leaves no room in the model's
@@ -198,6 +201,7 @@ def decode(
                 tuple(drawn),
                 reason,
                 len(ids),
+                params.max_tokens,
                 prefilled - started,
                 time.perf_counter() - prefilled,
                 decoder.name,

@@ -27,7 +27,7 @@ _FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class OtherParts(Exception):
-    """What in a model is not Llama's; the message completes "because of its ..."."""
+    """What in a model is not Llama's."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from prune_llm.checkpoint import (
     write_shards,
 )
 from prune_llm.masks import Pattern, Scope, check_keep_mask
-from prune_llm.methods import METHODS, Problem, Solution
+from prune_llm.methods import METHODS, Method, Problem, Solution
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, all_finite, disable_tf32
@@ -145,10 +145,12 @@ def prune(
         job = _Job.open(model, config, device, on_progress)
         if config.format == "sparse":
             job.writer = SparseWriter(staging.directory, Pattern.parse(config.pattern))
-        for block in job.walk():
+        walk = job.walk()
+        for block in walk:
             _prune_block(job, block, staging.directory)
         _write(job, staging.directory)
         report = job.report(output=str(output), seconds=time.perf_counter() - started)
+        report.environment["fused blocks"] = f"{len(walk.fused)} of {len(walk.architecture.blocks)}"
         report.verification = verify(staging.directory, job.checkpoint, report.linears)
         report.seconds = time.perf_counter() - started
         report.save(staging.directory / REPORT_FILE)
@@ -339,19 +341,12 @@ def _describe(calibration: Calibration | None) -> dict[str, object] | None:
 
 def _prune_block(job: _Job, block: Block, directory: Path) -> None:
     """Calibrate, solve site by site, and put the block's weights on disk."""
-    method = METHODS[job.config.method]
     pattern = Pattern.parse(job.config.pattern)
     tensors: dict[str, Tensor] = {}
-    collected = block.collect(method.needs)
+    collected = block.collect(METHODS[job.config.method].needs)
     for site in list(collected):
         statistics = collected.pop(site)  # the Gram matrix is freed with its site
-        method = METHODS[job.config.method]
-        if statistics is not None and statistics.tokens == 0:
-            method = METHODS["magnitude"]
-            job.warnings.append(
-                f"{block.name}.{site.name}: no calibration token reached it; pruned by magnitude, "
-                "give more samples"
-            )
+        method = _method(job, f"{block.name}.{site.name}", statistics)
         _warn_rank(job, f"{block.name}.{site.name}", statistics, method.needs)
         started = time.perf_counter()
         weights = tuple(block.weight_OI(linear) for linear in site.linears)
@@ -385,6 +380,16 @@ def _prune_block(job: _Job, block: Block, directory: Path) -> None:
     if tensors:
         _save(job, block.index, tensors, directory)
     job.tick(block.index, "pruned")
+
+
+def _method(job: _Job, name: str, statistics: InputStatistics | None) -> Method:
+    """What the run asks for; magnitude, with a warning, for an expert that was never reached."""
+    if statistics is None or statistics.tokens > 0:
+        return METHODS[job.config.method]
+    job.warnings.append(
+        f"{name}: no calibration token reached it; pruned by magnitude, give more samples"
+    )
+    return METHODS["magnitude"]
 
 
 def _save(job: _Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:

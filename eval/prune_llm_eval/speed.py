@@ -8,7 +8,6 @@ wrong results is not timed. Shape letters: B = rows, O = output features, I = in
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from prune_llm.decoder import PlanDecoder, new_decoder
 from prune_llm.generation import decode, load_tokenizer
 from prune_llm.parts import LinearPart, ModelParts, read_parts
+from prune_llm.report import cpu_name
 from prune_llm.sampling import SamplingParams
 from prune_llm.sparse_linear import SparseLinear
 from prune_llm_kernels import PackedWeight, cpu, dense_linear, sparse_linear, unpack
@@ -139,9 +139,9 @@ class Resident:
     cache: int
 
     @property
-    def excess(self) -> float:
-        """What is resident beyond weights and cache, as a share of the weights."""
-        return (self.loaded - self.cache) / self.weights - 1
+    def other(self) -> int:
+        """Beyond weights and cache; negative where some weights were never read."""
+        return self.loaded - self.weights - self.cache
 
 
 @dataclass
@@ -248,14 +248,6 @@ def _about(model: str, against: str | None, parts: ModelParts) -> dict[str, Any]
         "dtype": str(parts.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 # -- linear by linear ------------------------------------------------------------------------

@@ -120,38 +120,18 @@ struct LinearsOp : Plan::Op {
   }
 };
 
-struct NormOp : Plan::Op {
-  const DecodeKernel& kernel;
-  NormArgs args;
+// A function over items [0, count), `step` of them a piece.
+template <class Args> struct RowsOp : Plan::Op {
+  void (*const function)(const Args*, int64_t, int64_t);
+  const Args args;
+  const int64_t count, step;
 
-  NormOp(const DecodeKernel& kernel, const NormArgs& args) : kernel(kernel), args(args) {}
-  int64_t chunks(int) const override { return ceil_div(args.rows, kNormRows); }
+  RowsOp(void (*function)(const Args*, int64_t, int64_t), const Args& args, int64_t count,
+         int64_t step)
+      : function(function), args(args), count(count), step(step) {}
+  int64_t chunks(int) const override { return ceil_div(count, step); }
   void run(int64_t chunk, int64_t) override {
-    kernel.rms_norm(&args, chunk * kNormRows, std::min(args.rows, (chunk + 1) * kNormRows));
-  }
-};
-
-struct GateOp : Plan::Op {
-  const DecodeKernel& kernel;
-  GateArgs args;
-
-  GateOp(const DecodeKernel& kernel, const GateArgs& args) : kernel(kernel), args(args) {}
-  int64_t chunks(int) const override { return ceil_div(args.count, kGateValues); }
-  void run(int64_t chunk, int64_t) override {
-    kernel.silu_mul(&args, chunk * kGateValues, std::min(args.count, (chunk + 1) * kGateValues));
-  }
-};
-
-struct StoreOp : Plan::Op {
-  const DecodeKernel& kernel;
-  AttentionStep args;
-
-  StoreOp(const DecodeKernel& kernel, const AttentionStep& args) : kernel(kernel), args(args) {}
-  int64_t heads() const { return args.batch * (args.heads + 2 * args.kv_heads); }
-  int64_t chunks(int) const override { return ceil_div(heads(), kHeadsPerItem); }
-  void run(int64_t chunk, int64_t) override {
-    kernel.store_heads(&args, chunk * kHeadsPerItem,
-                       std::min(heads(), (chunk + 1) * kHeadsPerItem));
+    function(&args, chunk * step, std::min(count, (chunk + 1) * step));
   }
 };
 
@@ -222,16 +202,20 @@ void Plan::add_linears(const void* x, int64_t batch, int64_t in_features,
 }
 
 void Plan::add_rms_norm(const NormArgs& args) {
-  ops_.push_back(std::make_unique<NormOp>(isa_.decode[dtype_], args));
+  ops_.push_back(std::make_unique<RowsOp<NormArgs>>(isa_.decode[dtype_].rms_norm, args, args.rows,
+                                                    kNormRows));
 }
 
 void Plan::add_silu_mul(const GateArgs& args) {
-  ops_.push_back(std::make_unique<GateOp>(isa_.decode[dtype_], args));
+  ops_.push_back(std::make_unique<RowsOp<GateArgs>>(isa_.decode[dtype_].silu_mul, args, args.count,
+                                                    kGateValues));
 }
 
 void Plan::add_attention(const AttentionStep& args) {
   attentions_.push_back(args);
-  ops_.push_back(std::make_unique<StoreOp>(isa_.decode[dtype_], args));
+  const int64_t heads = args.batch * (args.heads + 2 * args.kv_heads);
+  ops_.push_back(std::make_unique<RowsOp<AttentionStep>>(isa_.decode[dtype_].store_heads, args,
+                                                         heads, kHeadsPerItem));
   ops_.push_back(std::make_unique<AttendOp>(isa_.decode[dtype_], args));
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_llm_kernels.packed_weight import DTYPES
+from prune_llm_kernels.plan import check_buffer
 
 GRAM_PANEL = 48  # kGramPanel of csrc/tokens.h
 
@@ -151,13 +152,13 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     from prune_llm_kernels import _C
 
     x = x.contiguous()
-    _expect("weight", weight_I, x.dtype, (x.shape[-1],))
+    check_buffer("weight", weight_I, x.dtype, (x.shape[-1],))
     out = torch.empty_like(x)
     rows = x.numel() // x.shape[-1]
     _C.rms_norm(
         *_where(x),
         x.data_ptr(),
-        weight_I.contiguous().data_ptr(),
+        weight_I.data_ptr(),
         out.data_ptr(),
         rows,
         x.shape[-1],
@@ -171,7 +172,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     from prune_llm_kernels import _C
 
     gate, up = gate.contiguous(), up.contiguous()
-    _expect("up", up, gate.dtype, tuple(gate.shape))
+    check_buffer("up", up, gate.dtype, tuple(gate.shape))
     out = torch.empty_like(gate)
     _C.silu_mul(*_where(gate), gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
     return out
@@ -225,9 +226,7 @@ def add_squares(sum_I: Tensor, x_TI: Tensor) -> None:
 
     x_TI = x_TI.contiguous()
     tokens, width = x_TI.shape
-    _expect("sum", sum_I, torch.float64, (width,))
-    if not sum_I.is_contiguous():
-        raise ValueError("sum is not contiguous; pass a contiguous tensor, it is changed in place")
+    check_buffer("sum", sum_I, torch.float64, (width,))
     _C.add_squares(*_where(x_TI), x_TI.data_ptr(), sum_I.data_ptr(), tokens, width)
 
 
@@ -236,11 +235,3 @@ def _where(x: Tensor) -> tuple[int, int, int]:
     from prune_llm_kernels import cpu
 
     return cpu.isa_index(), cpu.dtype_code(x.dtype), torch.get_num_threads()
-
-
-def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype is not dtype or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; it must be {dtype} "
-            f"{list(shape)}"
-        )

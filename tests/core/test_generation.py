@@ -195,6 +195,7 @@ def test_end_of_text_and_context_end_an_answer(tiny_llama: Path) -> None:
     assert ended.token_ids == free[: first + 1] and ended.finish_reason == "stop"
     whole = generate(model, PROMPT, max_tokens=1000, ignore_eos=True)
     assert len(whole.token_ids) == 128 - len(PROMPT) and whole.finish_reason == "length"
+    assert whole.max_tokens == 128 - len(PROMPT) and ended.max_tokens == 30
 
 
 def test_pieces_make_up_the_text(tiny_llama: Path) -> None:

@@ -63,7 +63,7 @@ def test_what_rows_derive() -> None:
     assert row.speed_up == 3.0 and row.limit == pytest.approx(60 / 40 / 2)
     decode = DecodeRow(5, 1, 10.0, 7.0, 4.0, 0.1, 0.2, 300, 4000.0)
     assert decode.speed_up == 2.5 and decode.limit == pytest.approx(0.75)
-    assert Resident(1000, 130, 100, 20).excess == pytest.approx(0.1)
+    assert Resident(1000, 130, 100, 20).other == 10
 
 
 def test_a_wrong_kernel_is_not_timed(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
