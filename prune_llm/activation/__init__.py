@@ -1,0 +1,1 @@
+"""Activation sparsity: which inputs of the linears are small enough to skip."""
