@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "channel_loops.h"
 #include "rows.h"
 
 namespace {
@@ -106,12 +107,58 @@ template <class Lanes> struct FloatPairs : FloatAccumulator {
     acc = _mm512_fmadd_ps(w.low, _mm512_loadu_ps(x), acc);
     return _mm512_fmadd_ps(w.high, _mm512_loadu_ps(x + 16), acc);
   }
+  typedef W Sums;
+  static INLINE Sums load_sums(const float* p) {
+    return W{_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)};
+  }
+  static INLINE void store_sums(float* p, Sums sums) {
+    _mm512_storeu_ps(p, sums.low);
+    _mm512_storeu_ps(p + 16, sums.high);
+  }
+  static INLINE Sums axpy(Sums sums, W w, float x) {
+    const __m512 factor = _mm512_set1_ps(x);
+    return W{_mm512_fmadd_ps(w.low, factor, sums.low), _mm512_fmadd_ps(w.high, factor, sums.high)};
+  }
   static INLINE void store(W w, Elem* p) {
     Lanes::store(w.low, p);
     Lanes::store(w.high, p + 16);
   }
   static INLINE float to_float(Elem value) { return Lanes::to_float(value); }
   static INLINE Elem from_float(float value) { return Lanes::from_float(value); }
+};
+
+// Which of 16 inputs count (see counts in channel_loops.h), the first n of them real.
+INLINE __mmask16 counting(__m512 x, const float* scales, float threshold, __mmask16 real) {
+  __m512 score = _mm512_abs_ps(x);
+  if (scales) score = _mm512_mul_ps(score, _mm512_maskz_loadu_ps(real, scales));
+  return _mm512_mask_cmp_ps_mask(real, score, _mm512_set1_ps(threshold), _CMP_NLE_UQ);
+}
+
+// The register form of the compress: the memory form is microcode on Zen 4.
+template <class Lanes, class Store>
+INLINE void select_lanes(const SelectArgs* a, ChannelList* list, Store store) {
+  const typename Lanes::Elem* x = (const typename Lanes::Elem*)a->x;
+  const __m512i steps =
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t n = 0;
+  for (int64_t i = 0; i < a->in_features; i += 16) {
+    const int64_t left = a->in_features - i;
+    const __m512 value = left >= 16 ? Lanes::load(x + i) : Lanes::load_exact(x + i, left);
+    const __mmask16 kept =
+        counting(value, a->scales ? a->scales + i : nullptr, a->thresholds[0], first_16(left));
+    const __m512i channel = _mm512_add_epi32(steps, _mm512_set1_epi32((int)i));
+    _mm512_storeu_si512(list->channels + n, _mm512_maskz_compress_epi32(kept, channel));
+    store(_mm512_maskz_compress_ps(kept, value), n);
+    n += __builtin_popcount(kept);
+  }
+  list->active = n;
+}
+
+template <class Lanes> struct Select<FloatPairs<Lanes>> {
+  static void run(const SelectArgs* a, ChannelList* list) {
+    float* values = (float*)list->values;
+    select_lanes<Lanes>(a, list, [=](__m512 kept, int64_t n) { _mm512_storeu_ps(values + n, kept); });
+  }
 };
 
 }  // namespace

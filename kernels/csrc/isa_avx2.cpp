@@ -1,7 +1,7 @@
 // AVX2, FMA and F16C. There is no expand instruction: a table turns 8 mask bits into a shuffle.
 #include <immintrin.h>
 
-#include "decode_loops.h"
+#include "channel_loops.h"
 
 namespace {
 
@@ -115,6 +115,18 @@ template <class Lanes> struct HalfWords : FloatAccumulator {
     acc = _mm256_fmadd_ps(w.low, _mm256_loadu_ps(x), acc);
     return _mm256_fmadd_ps(w.high, _mm256_loadu_ps(x + 8), acc);
   }
+  typedef W Sums;
+  static INLINE Sums load_sums(const float* p) {
+    return W{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+  }
+  static INLINE void store_sums(float* p, Sums sums) {
+    _mm256_storeu_ps(p, sums.low);
+    _mm256_storeu_ps(p + 8, sums.high);
+  }
+  static INLINE Sums axpy(Sums sums, W w, float x) {
+    const __m256 factor = _mm256_set1_ps(x);
+    return W{_mm256_fmadd_ps(w.low, factor, sums.low), _mm256_fmadd_ps(w.high, factor, sums.high)};
+  }
   static INLINE void store(W w, Elem* p) {
     Lanes::store(w.low, p);
     Lanes::store(w.high, p + 8);
@@ -152,6 +164,12 @@ struct F32 : FloatAccumulator {
   static INLINE Acc fma(Acc acc, W w, const X* x) {
     return _mm256_fmadd_ps(w, _mm256_loadu_ps(x), acc);
   }
+  typedef W Sums;
+  static INLINE Sums load_sums(const float* p) { return _mm256_loadu_ps(p); }
+  static INLINE void store_sums(float* p, Sums sums) { _mm256_storeu_ps(p, sums); }
+  static INLINE Sums axpy(Sums sums, W w, float x) {
+    return _mm256_fmadd_ps(w, _mm256_set1_ps(x), sums);
+  }
   static INLINE void store(W w, Elem* p) { _mm256_storeu_ps(p, w); }
   static INLINE float to_float(Elem value) { return value; }
   static INLINE Elem from_float(float value) { return value; }
@@ -164,6 +182,8 @@ const Isa kTable = {
     {decode_kernel<DecodeBF16<4>>(),
      decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 4>>(),
      decode_kernel<DecodeF32<4>>()},
+    {channel_kernel<HalfWords<BF16Lanes>>(), channel_kernel<HalfWords<F16Lanes>>(),
+     channel_kernel<F32>()},
 };
 
 }  // namespace

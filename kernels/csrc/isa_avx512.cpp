@@ -1,6 +1,5 @@
 // AVX-512 F, BW, VL, DQ without VBMI2 and BF16: 16-bit values are widened, then expanded.
 #include "avx512.h"
-#include "decode_loops.h"
 
 namespace {
 
@@ -11,6 +10,8 @@ const Isa kTable = {
     {decode_kernel<DecodeBF16<8>>(),
      decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 8>>(),
      decode_kernel<DecodeF32<8>>()},
+    {channel_kernel<FloatPairs<BF16Lanes>>(), channel_kernel<FloatPairs<F16Lanes>>(),
+     channel_kernel<FloatPairs<F32Lanes>>()},
 };
 
 }  // namespace

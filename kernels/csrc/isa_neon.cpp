@@ -1,7 +1,7 @@
 // AArch64 NEON. There is no expand instruction: a table turns mask bits into a byte lookup.
 #include <arm_neon.h>
 
-#include "decode_loops.h"
+#include "channel_loops.h"
 
 namespace {
 
@@ -64,6 +64,15 @@ struct FloatAccumulator {
     return Acc{vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
   }
   static INLINE float reduce(Acc acc) { return vaddvq_f32(vaddq_f32(acc.low, acc.high)); }
+  typedef Acc Sums;
+  static INLINE Sums load_sums(const float* p) { return Acc{vld1q_f32(p), vld1q_f32(p + 4)}; }
+  static INLINE void store_sums(float* p, Sums sums) {
+    vst1q_f32(p, sums.low);
+    vst1q_f32(p + 4, sums.high);
+  }
+  static INLINE Sums axpy_floats(Sums sums, float32x4_t low, float32x4_t high, float x) {
+    return Acc{vfmaq_n_f32(sums.low, low, x), vfmaq_n_f32(sums.high, high, x)};
+  }
   static INLINE Acc fma_floats(Acc acc, float32x4_t low, float32x4_t high, const X* x) {
     return Acc{vfmaq_f32(acc.low, low, vld1q_f32(x)), vfmaq_f32(acc.high, high, vld1q_f32(x + 4))};
   }
@@ -95,6 +104,11 @@ struct BF16 : HalfWords {
     const float32x4_t high = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(w), 16));
     return fma_floats(acc, low, high, x);
   }
+  static INLINE Sums axpy(Sums sums, W w, float x) {
+    const float32x4_t low = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(w), 16));
+    const float32x4_t high = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(w), 16));
+    return axpy_floats(sums, low, high, x);
+  }
   static INLINE float to_float(Elem value) { return bf16_to_float(value); }
   static INLINE Elem from_float(float value) { return float_to_bf16(value); }
 };
@@ -103,6 +117,10 @@ struct F16 : HalfWords {
   static INLINE Acc fma(Acc acc, W w, const X* x) {
     const float16x8_t half = vreinterpretq_f16_u16(w);
     return fma_floats(acc, vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half), x);
+  }
+  static INLINE Sums axpy(Sums sums, W w, float x) {
+    const float16x8_t half = vreinterpretq_f16_u16(w);
+    return axpy_floats(sums, vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half), x);
   }
   static INLINE float to_float(Elem value) { return f16_to_float(value); }
   static INLINE Elem from_float(float value) { return float_to_f16(value); }
@@ -133,6 +151,7 @@ struct F32 : FloatAccumulator {
     return load(values);
   }
   static INLINE Acc fma(Acc acc, W w, const X* x) { return fma_floats(acc, w.low, w.high, x); }
+  static INLINE Sums axpy(Sums sums, W w, float x) { return axpy_floats(sums, w.low, w.high, x); }
   static INLINE void store(W w, Elem* p) {
     vst1q_f32(p, w.low);
     vst1q_f32(p + 4, w.high);
@@ -147,6 +166,7 @@ const Isa kTable = {
     {decode_kernel<DecodeBF16<4>>(),
      decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 4>>(),
      decode_kernel<DecodeF32<4>>()},
+    {channel_kernel<BF16>(), channel_kernel<F16>(), channel_kernel<F32>()},
 };
 
 }  // namespace

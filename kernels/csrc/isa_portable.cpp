@@ -1,6 +1,6 @@
 // Plain C++ for any machine: the kept values of 64 columns are scattered into a buffer of floats,
 // then multiplied by loops that a compiler vectorises.
-#include "decode_loops.h"
+#include "channel_loops.h"
 
 namespace {
 
@@ -74,6 +74,19 @@ template <class Stored, float (*Load)(Stored), Stored (*Store)(float)> struct Po
         acc.lane[lane] += w.lane[c + lane] * x[c + lane];
     return acc;
   }
+  typedef W Sums;
+  static INLINE Sums load_sums(const float* p) {
+    Sums sums;
+    __builtin_memcpy(&sums, p, sizeof sums);
+    return sums;
+  }
+  static INLINE void store_sums(float* p, const Sums& sums) {
+    __builtin_memcpy(p, &sums, sizeof sums);
+  }
+  static INLINE Sums axpy(Sums sums, const W& w, float x) {
+    for (int c = 0; c < kCols; ++c) sums.lane[c] += w.lane[c] * x;
+    return sums;
+  }
   static INLINE float reduce(Acc acc) {
     for (int half = kLanes / 2; half; half /= 2)
       for (int lane = 0; lane < half; ++lane) acc.lane[lane] += acc.lane[lane + half];
@@ -96,6 +109,9 @@ const Isa kTable = {
     {decode_kernel<DecodeBF16<2>>(),
      decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 2>>(),
      decode_kernel<DecodeF32<2>>()},
+    {channel_kernel<Portable<uint16_t, bf16_to_float, float_to_bf16>>(),
+     channel_kernel<Portable<uint16_t, f16_to_float, float_to_f16>>(),
+     channel_kernel<Portable<float, identity, identity>>()},
 };
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "channels.h"
 #include "decode.h"
 
 enum DType { kBF16 = 0, kF16 = 1, kF32 = 2, kDTypes = 3 };
@@ -70,6 +71,7 @@ struct Isa {
   const char* name;
   LinearKernel linear[kDTypes];
   DecodeKernel decode[kDTypes];
+  ChannelKernel channels[kDTypes];
   // products over many tokens in bfloat16 (tokens.h); nullptr: left to torch
   const GramKernel* (*gram)(void) = nullptr;
   const AttentionKernel* (*attention)(void) = nullptr;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "pack_channels.h"
 #include "plan.h"
 #include "select.h"
 #include "threads.h"
@@ -183,6 +184,47 @@ void plan_linears(Plan& plan, uintptr_t x, int64_t batch, int64_t in_features,
   plan.add_linears(at<void>(x), batch, in_features, list, accumulate);
 }
 
+// data, starts, O, tile, pitch, bias, y; starts 0 for a dense weight.
+using PlanChannelsTuple =
+    std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
+
+void plan_channels(Plan& plan, uintptr_t x, int64_t batch, int64_t in_features, uintptr_t scales,
+                   uintptr_t thresholds, uintptr_t site_counts,
+                   const std::vector<PlanChannelsTuple>& weights, bool accumulate, bool gated) {
+  std::vector<PlanChannels> list;
+  for (const auto& [data, starts, out_features, tile, pitch, bias, y] : weights)
+    list.push_back({{at<void>(data), at<uint32_t>(starts), out_features, in_features, tile, pitch},
+                    at<void>(bias), reinterpret_cast<void*>(y)});
+  plan.add_channels({at<void>(x), at<float>(scales), at<float>(thresholds), in_features, batch,
+                     reinterpret_cast<int64_t*>(site_counts)},
+                    list, accumulate, gated);
+}
+
+int64_t channels_measure(int threads, uintptr_t bitmask, uintptr_t offsets, int64_t offset_bytes,
+                         int64_t out_features, int64_t in_features, int64_t nnz, int64_t tile,
+                         int64_t elem_bytes, uintptr_t starts) {
+  return measure_channels(
+      weight_at(bitmask, 0, offsets, offset_bytes, out_features, in_features, nnz), tile,
+      elem_bytes, threads, reinterpret_cast<uint32_t*>(starts));
+}
+
+void channels_fill(int threads, uintptr_t bitmask, uintptr_t values, uintptr_t offsets,
+                   int64_t offset_bytes, int64_t out_features, int64_t in_features, int64_t nnz,
+                   int64_t tile, int64_t elem_bytes, uintptr_t starts, uintptr_t data) {
+  const Weight weight =
+      weight_at(bitmask, values, offsets, offset_bytes, out_features, in_features, nnz);
+  const ChannelWeight channels{nullptr, at<uint32_t>(starts), out_features, in_features, tile, 0};
+  fill_channels(weight, channels, elem_bytes, threads, reinterpret_cast<void*>(data));
+}
+
+void channels_unpack(int isa, int dtype, uintptr_t data, uintptr_t starts, int64_t out_features,
+                     int64_t in_features, int64_t tile, uintptr_t out, int64_t begin,
+                     int64_t end) {
+  const ChannelWeight weight{at<void>(data), at<uint32_t>(starts), out_features, in_features, tile,
+                             0};
+  isa_at(isa).channels[dtype_at(dtype)].unpack(&weight, reinterpret_cast<void*>(out), begin, end);
+}
+
 void plan_rms_norm(Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows,
                    int64_t width, float eps) {
   plan.add_rms_norm(
@@ -263,6 +305,9 @@ NB_MODULE(_C, module) {
            nb::arg("isa"), nb::arg("dtype"))
       .def("linears", &plan_linears, nb::arg("x"), nb::arg("batch"), nb::arg("in_features"),
            nb::arg("weights"), nb::arg("accumulate"))
+      .def("channels", &plan_channels, nb::arg("x"), nb::arg("batch"), nb::arg("in_features"),
+           nb::arg("scales"), nb::arg("thresholds"), nb::arg("counts"), nb::arg("weights"),
+           nb::arg("accumulate"), nb::arg("gated"))
       .def("rms_norm", &plan_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"),
            nb::arg("rows"), nb::arg("width"), nb::arg("eps"))
       .def("silu_mul", &plan_silu_mul, nb::arg("gate"), nb::arg("up"), nb::arg("y"),
@@ -273,6 +318,20 @@ NB_MODULE(_C, module) {
            nb::arg("scale"))
       .def("run", &Plan::run, nb::arg("threads"), Unlocked(),
            "False, with nothing run, where a position or slot is outside its cache.");
+  module.def("channels_measure", &channels_measure, nb::arg("threads"), nb::arg("bitmask"),
+             nb::arg("offsets"), nb::arg("offset_bytes"), nb::arg("out_features"),
+             nb::arg("in_features"), nb::arg("nnz"), nb::arg("tile"), nb::arg("elem_bytes"),
+             nb::arg("starts"), Unlocked(),
+             "Fills starts [tiles * I + 1]; the elements of the channel-major form, -1: too many.");
+  module.def("channels_fill", &channels_fill, nb::arg("threads"), nb::arg("bitmask"),
+             nb::arg("values"), nb::arg("offsets"), nb::arg("offset_bytes"),
+             nb::arg("out_features"), nb::arg("in_features"), nb::arg("nnz"), nb::arg("tile"),
+             nb::arg("elem_bytes"), nb::arg("starts"), nb::arg("data"), Unlocked(),
+             "The channel-major form of a packed weight.");
+  module.def("channels_unpack", &channels_unpack, nb::arg("isa"), nb::arg("dtype"),
+             nb::arg("data"), nb::arg("starts"), nb::arg("out_features"), nb::arg("in_features"),
+             nb::arg("tile"), nb::arg("out"), nb::arg("begin"), nb::arg("end"), Unlocked(),
+             "Outputs begin to end of one tile, dense, to out [I, end - begin].");
   module.def("read_all", &read_buffer, nb::arg("data"), nb::arg("bytes"), nb::arg("threads"),
              Unlocked(), "The sum of a buffer's 64-bit words; for measuring read bandwidth.");
   module.def("use_huge_pages", &huge_pages, nb::arg("data"), nb::arg("bytes"), Unlocked(),

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "plan_op.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <new>
 
 #include "threads.h"
 
@@ -41,29 +39,9 @@ class Barrier {
   std::atomic<unsigned> turn_{0};
 };
 
-struct FreeAligned {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using AlignedMemory = std::unique_ptr<void, FreeAligned>;
-
-AlignedMemory allocate_aligned(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-  if (!memory) throw std::bad_alloc();
-  return AlignedMemory(memory);
-}
-
 constexpr int64_t kNormRows = 1, kGateValues = 1024, kHeadsPerItem = 4;
 
 }  // namespace
-
-// Work is cut into `chunks()` pieces that the threads take in turn: one that the system interrupts
-// leaves its pieces to the others.
-struct Plan::Op {
-  virtual ~Op() = default;
-  virtual int64_t chunks(int parts) const = 0;
-  virtual void run(int64_t chunk, int64_t chunks) = 0;
-  std::atomic<int64_t> next{0};
-};
 
 namespace {
 
@@ -165,11 +143,16 @@ struct PlanCall {
 
 void run_part(void* context, int, int parts) {
   PlanCall& call = *static_cast<PlanCall*>(context);
-  for (const auto& op : *call.ops) {
-    const int64_t chunks = op->chunks(parts);
-    for (int64_t chunk; (chunk = op->next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      op->run(chunk, chunks);
-    call.barrier.wait(parts, [&op] { op->next.store(0, std::memory_order_relaxed); });
+  const auto& ops = *call.ops;
+  for (size_t i = 0; i < ops.size(); ++i) {
+    Plan::Op& op = *ops[i];
+    const int64_t chunks = op.chunks(parts);
+    for (int64_t chunk; (chunk = op.next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
+      op.run(chunk, chunks);
+    call.barrier.wait(parts, [&] {
+      op.next.store(0, std::memory_order_relaxed);
+      if (i + 1 < ops.size()) ops[i + 1]->before();
+    });
   }
 }
 
@@ -223,7 +206,9 @@ bool Plan::run(int threads) {
   for (const AttentionStep& step : attentions_)
     for (int64_t b = 0; b < step.batch; ++b)
       if (!has_place(step, b)) return false;
+  if (ops_.empty()) return true;
   PlanCall call{&ops_, {}};
+  ops_.front()->before();
   run_parallel(threads, run_part, &call);
   return true;
 }

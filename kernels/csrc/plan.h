@@ -17,6 +17,22 @@ struct PlanWeight {
   void* y;           // [batch, O]
 };
 
+// One weight of a linear operation over channels.
+struct PlanChannels {
+  ChannelWeight weight;
+  const void* bias;  // nullptr: none
+  void* y;           // [batch, O]
+};
+
+// An input x [batch, I] that linears share, and which of it counts: see SelectArgs.
+struct ChannelSite {
+  const void* x;
+  const float* scales;
+  const float* thresholds;  // [batch], read at every run
+  int64_t in_features, batch;
+  int64_t* counts;  // [3] grows by channels listed, inputs that count, rows; nullptr: not wanted
+};
+
 class Plan {
  public:
   Plan(const Isa& isa, DType dtype);
@@ -27,6 +43,10 @@ class Plan {
   // y = x W^T + bias for weights that share x [batch, I]; `accumulate` adds to y instead.
   void add_linears(const void* x, int64_t batch, int64_t in_features,
                    const std::vector<PlanWeight>& weights, bool accumulate);
+  // The same over channels that count. `gated`: two weights of one shape and tile, and the first's y
+  // = silu(x W1^T + bias1) * (x W2^T + bias2).
+  void add_channels(const ChannelSite& site, const std::vector<PlanChannels>& weights,
+                    bool accumulate, bool gated);
   void add_rms_norm(const NormArgs& args);
   void add_silu_mul(const GateArgs& args);
   // Stores the new keys and values, then attends.

@@ -87,6 +87,18 @@ class Plan:
         weights: list[tuple[int, int, int, int, int, int, int, int]],
         accumulate: bool,
     ) -> None: ...
+    def channels(
+        self,
+        x: int,
+        batch: int,
+        in_features: int,
+        scales: int,
+        thresholds: int,
+        counts: int,
+        weights: list[tuple[int, int, int, int, int, int, int]],
+        accumulate: bool,
+        gated: bool,
+    ) -> None: ...
     def rms_norm(self, x: int, weight: int, y: int, rows: int, width: int, eps: float) -> None: ...
     def silu_mul(self, gate: int, up: int, y: int, count: int) -> None: ...
     def attention(
@@ -131,4 +143,42 @@ def causal_attention(
     head_size: int,
     scale: float,
     scratch: int,
+) -> None: ...
+def channels_measure(
+    threads: int,
+    bitmask: int,
+    offsets: int,
+    offset_bytes: int,
+    out_features: int,
+    in_features: int,
+    nnz: int,
+    tile: int,
+    elem_bytes: int,
+    starts: int,
+) -> int: ...
+def channels_fill(
+    threads: int,
+    bitmask: int,
+    values: int,
+    offsets: int,
+    offset_bytes: int,
+    out_features: int,
+    in_features: int,
+    nnz: int,
+    tile: int,
+    elem_bytes: int,
+    starts: int,
+    data: int,
+) -> None: ...
+def channels_unpack(
+    isa: int,
+    dtype: int,
+    data: int,
+    starts: int,
+    out_features: int,
+    in_features: int,
+    tile: int,
+    out: int,
+    begin: int,
+    end: int,
 ) -> None: ...

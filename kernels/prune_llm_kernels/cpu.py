@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,10 @@ except ImportError as error:
         f" PRUNE_LLM_BACKEND=reference to run without them, slowly ({error})"
     ) from error
 
+from prune_llm_kernels.channel_weight import SLACK, WORD, ChannelWeight
+
 if TYPE_CHECKING:
+    from prune_llm_kernels.packed_weight import PackedWeight
     from prune_llm_kernels.plan import Plan
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -218,6 +222,86 @@ def dense_linear(
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
     )
+    return y
+
+
+def pack_channels(weight: PackedWeight, tile: int) -> ChannelWeight:
+    """The channel-major form of a packed weight; see channel_weight.py.
+
+    Raises:
+        ValueError: it has more than 2**32 elements.
+    """
+    O, I, dtype = weight.out_features, weight.in_features, weight.dtype
+    threads, size = torch.get_num_threads(), dtype.itemsize
+    counts = *offset_arguments(weight.offsets), O, I, weight.packed.numel(), tile, size
+    starts = torch.empty(-(-O // tile) * I + 1, dtype=torch.uint32)
+    elements = _C.channels_measure(threads, weight.bitmask.data_ptr(), *counts, starts.data_ptr())
+    if elements < 0:
+        raise ValueError(f"{weight.name}: has more than 2**32 weights and masks; use N:M or shards")
+    data = torch.empty(elements + SLACK, dtype=dtype)
+    data[elements:] = 0
+    addresses = weight.bitmask.data_ptr(), weight.packed.data_ptr()
+    _C.channels_fill(threads, *addresses, *counts, starts.data_ptr(), data.data_ptr())
+    settle(data)
+    return ChannelWeight(data, starts, O, I, tile, weight.offsets is None)
+
+
+def unpack_channels(weight: ChannelWeight, isa: str | None = None) -> Tensor:
+    """The dense weight [O, I], bit for bit."""
+    O, I = weight.out_features, weight.in_features
+    dense = weight.data.new_empty(O, I)
+    for begin, end, piece_IO in _channel_slices(weight, isa_index(isa)):
+        dense[begin:end] = piece_IO.T
+    return dense
+
+
+def _channel_slices(weight: ChannelWeight, isa: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Outputs begin to end of the weight, dense [I, end - begin]; valid until the next one."""
+    O, I, data = weight.out_features, weight.in_features, weight.data
+    fitting = _SLICE_BYTES // (I * data.element_size()) // WORD * WORD
+    step = min(weight.tile, max(WORD, fitting))
+    buffer = data.new_empty(0 if weight.starts is None else I * step)
+    for first in range(0, O, weight.tile):
+        for begin in range(first, min(first + weight.tile, O), step):
+            end = min(begin + step, first + weight.tile, O)
+            if weight.starts is None:
+                yield begin, end, data[:, begin:end]
+                continue
+            piece = buffer[: I * (end - begin)].view(I, end - begin)
+            _C.channels_unpack(
+                isa,
+                dtype_code(data.dtype),
+                data.data_ptr(),
+                weight.starts.data_ptr(),
+                O,
+                I,
+                weight.tile,
+                piece.data_ptr(),
+                begin,
+                end,
+            )
+            yield begin, end, piece
+
+
+def channel_linear(
+    x: Tensor, weight: ChannelWeight, bias: Tensor | None, isa: str | None = None
+) -> Tensor:
+    """y = x W^T + bias; x [..., I] -> y [..., O]. One row skips the channels that are zero."""
+    from prune_llm_kernels.cpu_plan import CpuPlan
+    from prune_llm_kernels.plan import Gate
+
+    I, O = weight.in_features, weight.out_features
+    rows = x.numel() // I
+    y = x.new_empty((*x.shape[:-1], O))
+    if rows > MAX_DIRECT_ROWS:
+        for begin, end, piece_IO in _channel_slices(weight, isa_index(isa)):
+            shift = None if bias is None else bias[begin:end]
+            y[..., begin:end] = F.linear(x, piece_IO.T, shift)
+        return y
+    plan = CpuPlan(weight.dtype, isa)
+    every = torch.full((rows,), 0.0 if rows == 1 else -1.0)
+    plan.linears(x.reshape(rows, I), [weight], [bias], [y.view(rows, O)], gate=Gate(every))
+    plan.run()
     return y
 
 

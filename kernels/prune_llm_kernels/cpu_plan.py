@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from prune_llm_kernels import _C
+from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.cpu import dtype_code, isa_index, offset_arguments
-from prune_llm_kernels.packed_weight import PackedWeight
 from prune_llm_kernels.plan import (
+    AnyWeight,
     AttentionStep,
+    Gate,
     check_buffer,
     check_linears,
     check_places,
@@ -31,19 +33,60 @@ class CpuPlan:
     def linears(
         self,
         x_BI: Tensor,
-        weights: Sequence[PackedWeight | Tensor],
+        weights: Sequence[AnyWeight],
         biases: Sequence[Tensor | None],
         outs_BO: Sequence[Tensor],
         accumulate: bool = False,
+        gate: Gate | None = None,
     ) -> None:
-        check_linears(x_BI, weights, biases, outs_BO, self._dtype)
-        self._alive += [x_BI, *weights, *biases, *outs_BO]
+        check_linears(x_BI, weights, biases, outs_BO, self._dtype, gate)
+        self._alive += [x_BI, *weights, *biases, *outs_BO, gate]
+        if any(isinstance(weight, ChannelWeight) for weight in weights):
+            if gate is None:
+                gate = Gate(torch.full((len(x_BI),), -1.0))
+                self._alive.append(gate)
+            self._channels(x_BI, weights, biases, outs_BO, gate, accumulate)
+            return
+        if gate is not None:
+            raise ValueError("gate: needs channel-major weights; convert them with to_channels")
         entries = [
-            (*_weight_arguments(weight), 0 if bias is None else bias.data_ptr(), out.data_ptr())
+            (*_weight_arguments(weight), _address(bias), out.data_ptr())
             for weight, bias, out in zip(weights, biases, outs_BO, strict=True)
         ]
         rows, columns = x_BI.shape
         self._plan.linears(x_BI.data_ptr(), rows, columns, entries, accumulate)
+
+    def swiglu(
+        self,
+        x_BI: Tensor,
+        weights: tuple[ChannelWeight, ChannelWeight],
+        biases: tuple[Tensor | None, Tensor | None],
+        out_BO: Tensor,
+        gate: Gate,
+    ) -> None:
+        check_linears(x_BI, weights, biases, [out_BO, out_BO], self._dtype, gate)
+        if weights[0].tile != weights[1].tile:
+            raise ValueError(f"tiles {weights[0].tile} and {weights[1].tile}: must be equal")
+        self._alive += [x_BI, *weights, *biases, out_BO, gate]
+        self._channels(x_BI, weights, biases, [out_BO, out_BO], gate, gated=True)
+
+    def _channels(
+        self,
+        x_BI: Tensor,
+        weights: Sequence[AnyWeight],
+        biases: Sequence[Tensor | None],
+        outs_BO: Sequence[Tensor],
+        gate: Gate,
+        accumulate: bool = False,
+        gated: bool = False,
+    ) -> None:
+        entries = []
+        for weight, bias, out in zip(weights, biases, outs_BO, strict=True):
+            if not isinstance(weight, ChannelWeight):
+                raise ValueError("weights: some are channel-major and some are not; convert all")
+            entries.append((*_channel_arguments(weight), _address(bias), out.data_ptr()))
+        gate_at = _address(gate.scales_I), gate.thresholds_B.data_ptr(), _address(gate.counts)
+        self._plan.channels(x_BI.data_ptr(), *x_BI.shape, *gate_at, entries, accumulate, gated)
 
     def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
         width = x_BI.shape[-1]
@@ -97,8 +140,20 @@ class CpuPlan:
             raise AssertionError("the plan refused to run and every place fits")
 
 
-def _weight_arguments(weight: PackedWeight | Tensor) -> tuple[int, int, int, int, int, int]:
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _channel_arguments(weight: ChannelWeight) -> tuple[int, int, int, int, int]:
+    """data, starts, O, tile, pitch."""
+    pitch = weight.data.shape[1] if weight.starts is None else 0
+    starts = _address(weight.starts)
+    return weight.data.data_ptr(), starts, weight.out_features, weight.tile, pitch
+
+
+def _weight_arguments(weight: AnyWeight) -> tuple[int, int, int, int, int, int]:
     """bitmask, values, offsets, bytes of an offset, O, nnz."""
+    assert not isinstance(weight, ChannelWeight)
     if isinstance(weight, Tensor):
         return 0, weight.data_ptr(), 0, 0, weight.shape[0], weight.numel()
     return (

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from prune_llm_kernels.channel_weight import ChannelWeight
+    from prune_llm_kernels.packed_weight import PackedWeight
     from prune_llm_kernels.plan import Plan
 
 
@@ -37,6 +39,12 @@ class Backend(Protocol):
     ) -> Tensor: ...
 
     def dense_linear(self, x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def pack_channels(self, weight: PackedWeight, tile: int) -> ChannelWeight: ...
+
+    def unpack_channels(self, weight: ChannelWeight) -> Tensor: ...
+
+    def channel_linear(self, x: Tensor, weight: ChannelWeight, bias: Tensor | None) -> Tensor: ...
 
     def new_plan(self, dtype: torch.dtype) -> Plan: ...
 

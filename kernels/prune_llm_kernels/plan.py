@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.dispatch import backend_for
 from prune_llm_kernels.kv_cache import KeyValueCache
 from prune_llm_kernels.packed_weight import DTYPES, PackedWeight
@@ -48,6 +49,25 @@ class AttentionStep:
     window: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Which inputs of linears count: |x| * scale > threshold in float32, and every NaN.
+
+    Attributes:
+        thresholds_B: float32, one per row, read at every run. Negative: every input counts, and the
+            row's result is the same bits alone and beside others; infinite: the row is left out.
+        scales_I: float32, of the channels; None: ones.
+        counts: int64 [3]; runs add the channels read, the inputs that counted, and the rows.
+    """
+
+    thresholds_B: Tensor
+    scales_I: Tensor | None = None
+    counts: Tensor | None = None
+
+
+AnyWeight = PackedWeight | ChannelWeight | Tensor
+
+
 class Plan(Protocol):
     """Operations in the order they were added; `run` replays them with what the buffers then hold.
 
@@ -58,12 +78,27 @@ class Plan(Protocol):
     def linears(
         self,
         x_BI: Tensor,
-        weights: Sequence[PackedWeight | Tensor],
+        weights: Sequence[AnyWeight],
         biases: Sequence[Tensor | None],
         outs_BO: Sequence[Tensor],
         accumulate: bool = False,
+        gate: Gate | None = None,
     ) -> None:
-        """out = x W^T + bias for weights that share x; ``accumulate`` adds to out instead."""
+        """out = x W^T + bias for weights that share x; ``accumulate`` adds to out instead.
+
+        Inputs that do not count for ``gate`` are zeros. Weights are either all channel-major or
+        all not; those that are not cannot skip anything.
+        """
+
+    def swiglu(
+        self,
+        x_BI: Tensor,
+        weights: tuple[ChannelWeight, ChannelWeight],
+        biases: tuple[Tensor | None, Tensor | None],
+        out_BO: Tensor,
+        gate: Gate,
+    ) -> None:
+        """out = silu(x W1^T + bias1) * (x W2^T + bias2), in one pass over both weights."""
 
     def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
         """out = x / sqrt(mean(x^2) + eps) * weight along the last dimension; out may be x."""
@@ -103,16 +138,23 @@ def check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 def check_linears(
     x_BI: Tensor,
-    weights: Sequence[PackedWeight | Tensor],
+    weights: Sequence[AnyWeight],
     biases: Sequence[Tensor | None],
     outs_BO: Sequence[Tensor],
     dtype: torch.dtype,
+    gate: Gate | None = None,
 ) -> None:
     """What `Plan.linears` asks of its tensors."""
     rows, columns = x_BI.shape
     check_buffer("x", x_BI, dtype, (rows, columns))
+    if gate is not None:
+        check_buffer("thresholds", gate.thresholds_B, torch.float32, (rows,))
+        if gate.scales_I is not None:
+            check_buffer("scales", gate.scales_I, torch.float32, (columns,))
+        if gate.counts is not None:
+            check_buffer("counts", gate.counts, torch.int64, (3,))
     for weight, bias, out in zip(weights, biases, outs_BO, strict=True):
-        if isinstance(weight, PackedWeight):
+        if isinstance(weight, PackedWeight | ChannelWeight):
             O, I = weight.out_features, weight.in_features
         else:
             O, I = weight.shape

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from prune_llm_kernels.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
+    from prune_llm_kernels.channel_weight import ChannelWeight
     from prune_llm_kernels.plan import Plan
 
 _BITS = [1, 2, 4, 8, 16, 32, 64, 128]
@@ -37,8 +38,12 @@ def pack(weight_OI: Tensor, *, fixed_count: bool = False) -> PackedWeight:
         weight_OI: bfloat16, float16 or float32.
         fixed_count: store [O, K] without offsets; every row must keep the same number.
     """
+    return pack_kept(weight_OI, weight_OI != 0, fixed_count)
+
+
+def pack_kept(weight_OI: Tensor, keep: Tensor, fixed_count: bool) -> PackedWeight:
+    """Keep the weights where ``keep`` [O, I] says so, zeros among them."""
     O, I = weight_OI.shape
-    keep = weight_OI != 0
     counts = keep.sum(1)
     bits = torch.tensor(_BITS, dtype=torch.uint8, device=keep.device)
     bytes_ = F.pad(keep, (0, -I % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
@@ -47,7 +52,7 @@ def pack(weight_OI: Tensor, *, fixed_count: bool = False) -> PackedWeight:
     if fixed_count:
         kept = int(counts[0]) if O else 0
         if bool((counts != kept).any()):
-            raise ValueError("fixed_count needs the same number of nonzero weights in every row")
+            raise ValueError("fixed_count needs the same number of kept weights in every row")
         return PackedWeight(bitmask, values.reshape(O, kept), None, I)
     wide = torch.int64 if O * I >= 2**31 else torch.int32
     offsets = F.pad(counts.cumsum(0), (1, 0)).to(wide)
@@ -107,6 +112,92 @@ def sparse_linear(
 def dense_linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias; x [..., I] -> y [..., O]."""
     return F.linear(x, weight_OI, bias)
+
+
+def pack_channels(weight: PackedWeight, tile: int) -> ChannelWeight:
+    """The channel-major form of a packed weight; see channel_weight.py."""
+    from prune_llm_kernels.channel_weight import SLACK, WORD, ChannelWeight
+
+    O, I = weight.out_features, weight.in_features
+    dense = unpack(weight.bitmask, weight.packed, weight.offsets, I)
+    keep = keep_mask(weight.bitmask, I)
+    places = (1 << torch.arange(8)).to(torch.uint8)
+    pieces, starts, at = [], [], 0
+    for first in range(0, O, tile):
+        for i in range(I):
+            starts.append(at)
+            for o in range(first, min(O, first + tile), WORD):
+                kept = keep[o : min(o + WORD, O, first + tile), i]
+                bits = F.pad(kept, (0, WORD - len(kept))).reshape(8, 8).to(torch.uint8)
+                mask = (bits * places).sum(1, dtype=torch.uint8)
+                values = dense[o : o + len(kept), i][kept]
+                pieces += [mask.view(dense.dtype), values]
+                at += len(pieces[-2]) + len(values)
+    data = torch.cat([*pieces, dense.new_zeros(SLACK)])
+    return ChannelWeight(data, torch.tensor([*starts, at]).to(torch.uint32), O, I, tile, weight.offsets is None)
+
+
+def unpack_channels(weight: ChannelWeight) -> Tensor:
+    """The dense weight [O, I]."""
+    from prune_llm_kernels.channel_weight import WORD
+
+    O, I, tile = weight.out_features, weight.in_features, weight.tile
+    if weight.starts is None:
+        return weight.data[:, :O].T.contiguous()
+    data, starts = weight.data, weight.starts.to(torch.int64)
+    dense = data.new_zeros(weight.tiles * tile, I)
+    for t in range(weight.tiles):
+        at_I = starts[t * I : (t + 1) * I]
+        for o in range(t * tile, min((t + 1) * tile, O), WORD):
+            kept_IW = _word_masks(data, at_I)
+            ranks_IW = kept_IW.cumsum(1)
+            first_I = at_I + 8 // data.element_size()
+            values_IW = data[(first_I[:, None] + ranks_IW - 1).clamp(min=0)]
+            dense[o : o + WORD] = torch.where(kept_IW, values_IW, 0).T
+            at_I = first_I + ranks_IW[:, -1]
+    return dense[:O].contiguous()
+
+
+def channel_keep_mask(weight: ChannelWeight) -> Tensor:
+    """Which weights a packed ChannelWeight holds, bool [O, I]."""
+    from prune_llm_kernels.channel_weight import WORD
+
+    assert weight.starts is not None
+    O, I, tile = weight.out_features, weight.in_features, weight.tile
+    starts = weight.starts.to(torch.int64)
+    keep = torch.zeros(weight.tiles * tile, I, dtype=torch.bool)
+    for t in range(weight.tiles):
+        at_I = starts[t * I : (t + 1) * I]
+        for o in range(t * tile, min((t + 1) * tile, O), WORD):
+            kept_IW = _word_masks(weight.data, at_I)
+            keep[o : o + WORD] = kept_IW.T
+            at_I = at_I + 8 // weight.data.element_size() + kept_IW.sum(1)
+    return keep[:O].contiguous()
+
+
+def _word_masks(data: Tensor, at_I: Tensor) -> Tensor:
+    """The mask words that lie at the elements at_I, bool [I, WORD]."""
+    size = data.element_size()
+    bytes_I8 = data.view(torch.uint8)[(at_I * size)[:, None] + torch.arange(8)]
+    return keep_mask(bytes_I8, 64)
+
+
+def channel_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias; x [..., I] -> y [..., O]."""
+    return F.linear(x, unpack_channels(weight), bias)
+
+
+def counting(x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None) -> Tensor:
+    """Which inputs count, bool [B, I]: |x| * scale > threshold in float32; NaN always does.
+
+    A negative threshold counts every input; infinity none, the row is left out.
+    """
+    scores_BI = x_BI.float().abs()
+    if scales_I is not None:
+        scores_BI = scores_BI * scales_I
+    live_B = thresholds_B < torch.inf
+    result: Tensor = ~(scores_BI <= thresholds_B[:, None]) & live_B[:, None]
+    return result
 
 
 def new_plan(dtype: torch.dtype) -> Plan:

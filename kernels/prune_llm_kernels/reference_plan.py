@@ -8,15 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prune_llm_kernels.packed_weight import PackedWeight
+from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.plan import (
+    AnyWeight,
     AttentionStep,
+    Gate,
     check_buffer,
     check_linears,
     check_places,
     check_step,
 )
-from prune_llm_kernels.reference import dense_linear, sparse_linear
+from prune_llm_kernels.reference import channel_linear, counting, dense_linear, sparse_linear
 
 
 class ReferencePlan:
@@ -30,14 +32,28 @@ class ReferencePlan:
     def linears(
         self,
         x_BI: Tensor,
-        weights: Sequence[PackedWeight | Tensor],
+        weights: Sequence[AnyWeight],
         biases: Sequence[Tensor | None],
         outs_BO: Sequence[Tensor],
         accumulate: bool = False,
+        gate: Gate | None = None,
     ) -> None:
-        check_linears(x_BI, weights, biases, outs_BO, self._dtype)
+        check_linears(x_BI, weights, biases, outs_BO, self._dtype, gate)
+        self._operations.append(partial(_gather, x_BI, gate))
         for weight, bias, out in zip(weights, biases, outs_BO, strict=True):
-            self._operations.append(partial(_linear, x_BI, weight, bias, out, accumulate))
+            self._operations.append(partial(_linear, x_BI, weight, bias, out, accumulate, gate))
+
+    def swiglu(
+        self,
+        x_BI: Tensor,
+        weights: tuple[ChannelWeight, ChannelWeight],
+        biases: tuple[Tensor | None, Tensor | None],
+        out_BO: Tensor,
+        gate: Gate,
+    ) -> None:
+        gate_BO, up_BO = out_BO.clone(), out_BO.clone()
+        self.linears(x_BI, weights, biases, [gate_BO, up_BO], gate=gate)
+        self.silu_mul(gate_BO, up_BO, out_BO)
 
     def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
         check_buffer("weight", weight_I, self._dtype, (x_BI.shape[-1],))
@@ -65,15 +81,30 @@ def _put(out: Tensor, value: Tensor) -> None:
     out.copy_(value)
 
 
+def _gather(x_BI: Tensor, gate: Gate | None) -> None:
+    """Count what a gate lets through."""
+    if gate is None or gate.counts is None:
+        return
+    counted_BI = counting(x_BI, gate.thresholds_B, gate.scales_I)
+    live = int((gate.thresholds_B < torch.inf).sum())
+    listed, counted = int(counted_BI.any(0).sum()), int(counted_BI.sum())
+    gate.counts.add_(torch.tensor([listed, counted, live]))
+
+
 def _linear(
     x_BI: Tensor,
-    weight: PackedWeight | Tensor,
+    weight: AnyWeight,
     bias: Tensor | None,
     out_BO: Tensor,
     accumulate: bool,
+    gate: Gate | None,
 ) -> None:
+    if gate is not None:
+        x_BI = torch.where(counting(x_BI, gate.thresholds_B, gate.scales_I), x_BI, 0)
     if isinstance(weight, Tensor):
         y_BO = dense_linear(x_BI, weight, bias)
+    elif isinstance(weight, ChannelWeight):
+        y_BO = channel_linear(x_BI, weight, bias)
     else:
         y_BO = sparse_linear(x_BI, weight.bitmask, weight.packed, weight.offsets, bias)
     out_BO.copy_(out_BO + y_BO if accumulate else y_BO)

@@ -1,0 +1,309 @@
+// The loops of channels.h, written once and compiled for every instruction set. Internal linkage,
+// nothing from the C++ library: see rows.h.
+//
+// Beside what rows.h asks of a policy P, these need
+//   axpy(float* sums, w, x)        sums += w * x over kCols outputs, where nothing better is given
+// and Columns<P> may be specialised with sums in registers.
+//
+// The sum of an output is float32 and runs through the list in order, whatever tile, thread and
+// other rows there are: a row's result depends on its own list only.
+#pragma once
+
+#include "channels.h"
+#include "decode_loops.h"
+
+namespace {
+
+// How pairs of channels are added: sums of kCols outputs in registers, in the policy's own order.
+//   Sums, load_sums, store_sums;  Mix, mix(a, b): two channels' weights made ready;
+//   fma(sums, mix, x)  adds both, x: their two inputs;  ordered(sums, out): in output order
+template <class P> struct Columns {
+  typedef typename P::Sums Sums;
+  struct Mix {
+    typename P::W a, b;
+  };
+  static INLINE Mix mix(const typename P::W& a, const typename P::W& b) { return Mix{a, b}; }
+  static INLINE Sums fma(Sums sums, const Mix& mix, const typename P::X* x) {
+    return P::axpy(P::axpy(sums, mix.a, (float)x[0]), mix.b, (float)x[1]);
+  }
+  static INLINE void ordered(const float* sums, float* out) {
+    for (int c = 0; c < P::kCols; ++c) out[c] = sums[c];
+  }
+};
+
+// Channels summed before their sums are added up: a running sum of thousands loses digits.
+template <class Elem> constexpr int64_t sum_channels_of() { return sizeof(Elem) == 4 ? 32 : 512; }
+constexpr int64_t kMaskBytes = kWord / 8;
+
+// Where a pass stands in one channel's chunk, and in the chunk that is fetched ahead of it.
+struct Streams {
+  const char* at[kGroup];
+  const char* ahead[kGroup];
+};
+
+template <class P> INLINE const char* chunk_at(const ChannelWeight* w, int64_t tile, int64_t i) {
+  constexpr int64_t bytes = sizeof(typename P::Elem);
+  const int64_t element =
+      w->starts ? w->starts[tile * w->in_features + i] : i * w->pitch + tile * w->tile;
+  return (const char*)w->data + element * bytes;
+}
+
+// One word of kWord outputs of a group of channels, added to the sums of B rows.
+template <class P, bool Packed, int B>
+INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64_t width) {
+  typedef typename P::Elem Elem;
+  typedef Columns<P> C;
+  uint64_t mask[kGroup];
+  if (Packed) {
+    UNROLL for (int k = 0; k < kGroup; ++k) {
+      mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
+      at[k] += kMaskBytes;
+    }
+  }
+  UNROLL for (int c = 0; c < kWord; c += P::kCols) {
+    typename C::Mix mix[kGroup / 2];
+    UNROLL for (int k = 0; k < kGroup; k += 2) {
+      typename P::W w[2];
+      UNROLL for (int j = 0; j < 2; ++j) {
+        const Elem* value = (const Elem*)at[k + j];
+        if (Packed) {
+          const auto bits = (typename MaskWord<P::kCols>::type)(mask[k + j] >> c);
+          w[j] = P::expand(bits, value);
+          at[k + j] += (int64_t)sizeof(Elem) * __builtin_popcountll(bits);
+        } else {
+          w[j] = P::load(value);
+          at[k + j] += sizeof(Elem) * P::kCols;
+        }
+      }
+      mix[k / 2] = C::mix(w[0], w[1]);
+    }
+    UNROLL for (int b = 0; b < B; ++b) {
+      float* place = sums + b * width + c;
+      typename C::Sums sum = P::load_sums(place);
+      UNROLL for (int p = 0; p < kGroup / 2; ++p) sum = C::fma(sum, mix[p], x + (p * B + b) * 2);
+      P::store_sums(place, sum);
+    }
+  }
+}
+
+// sums [B][width] = the list's channels times their inputs, for one tile.
+template <class P, bool Packed, int B>
+void sum_channels(const ChannelWeight* w, const ChannelList* list, int64_t tile, float* sums,
+                  float* totals) {
+  const int64_t width = tile_width(w, tile), count = list->count;
+  const typename P::X* x = (const typename P::X*)list->values;
+  for (int64_t i = 0; i < B * width; ++i) sums[i] = totals[i] = 0;
+  // bytes of a word that are to be fetched, from the mean over the tile
+  const int64_t first = tile * w->in_features, I = w->in_features;
+  const int64_t elements = Packed ? (w->starts[first + I] - w->starts[first]) / I : width;
+  const int64_t step = elements * (int64_t)sizeof(typename P::Elem) * kWord / width + 1;
+  // far enough ahead for memory to answer: about a tile's time
+  const int64_t distance = (int64_t)kGroup * (width >= 1024 ? 1 : width >= 512 ? 2 : 4);
+  for (int64_t n = 0; n < count; n += kGroup, x += kGroup * B) {
+    Streams s;
+    UNROLL for (int k = 0; k < kGroup; ++k) {
+      s.at[k] = chunk_at<P>(w, tile, list->channels[n + k]);
+      const int64_t next = n + distance + k;
+      s.ahead[k] = chunk_at<P>(w, tile, list->channels[next < count ? next : n + k]);
+    }
+    int64_t fetched = 0;
+    for (int64_t c = 0; c < width; c += kWord) {
+      for (; fetched < (c / kWord + 1) * step; fetched += 64)
+        UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 0);
+      add_word<P, Packed, B>(s.at, x, sums + c, width);
+    }
+    if ((n + kGroup) % sum_channels_of<typename P::Elem>() == 0) {
+      for (int64_t i = 0; i < B * width; ++i) {
+        totals[i] += sums[i];
+        sums[i] = 0;
+      }
+    }
+  }
+  for (int64_t i = 0; i < B * width; ++i) totals[i] += sums[i];
+}
+
+template <class P, int B>
+INLINE void sum_tile(const ChannelWeight* w, const ChannelList* list, int64_t tile, float* sums,
+                     float* totals) {
+  if (w->starts) return sum_channels<P, true, B>(w, list, tile, sums, totals);
+  sum_channels<P, false, B>(w, list, tile, sums, totals);
+}
+
+// The float32 sums of a word in output order, with the bias.
+template <class P>
+INLINE void finish_word(const float* sums, const void* bias, int64_t o, int64_t count, float* out) {
+  UNROLL for (int c = 0; c < kWord; c += P::kCols) Columns<P>::ordered(sums + c, out + c);
+  if (!bias) return;
+  const typename P::Elem* shift = (const typename P::Elem*)bias + o;
+  for (int64_t c = 0; c < count; ++c) out[c] += P::to_float(shift[c]);
+}
+
+// y of one tile and row from its sums; `up` of a gated pair, else nullptr.
+template <class P>
+void finish_row(const ChannelArgs* a, int64_t tile, int64_t m, const float* sums, const float* up) {
+  typedef typename P::Elem Elem;
+  const ChannelWeight* w = a->weight;
+  const int64_t first = tile * w->tile, O = w->out_features;
+  const int64_t end = first + w->tile < O ? first + w->tile : O;
+  for (int64_t o = first; o < end; o += kWord) {
+    float out[kWord], other[kWord];
+    const int64_t count = end - o < kWord ? end - o : (int64_t)kWord;
+    finish_word<P>(sums + (o - first), a->bias, o, count, out);
+    Elem* y = (Elem*)a->y + m * O + o;
+    if (up) {
+      finish_word<P>(up + (o - first), a->up_bias, o, count, other);
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) {
+        // gate and up are rounded as they would be if they were stored
+        const float gate = P::to_float(P::from_float(out[c]));
+        out[c] = gate / (1.0f + exp_of(-gate)) * P::to_float(P::from_float(other[c]));
+      }
+    } else if (a->addend) {
+      const Elem* addend = (const Elem*)a->addend + m * O + o;
+      for (int64_t c = 0; c < count; ++c) out[c] += P::to_float(addend[c]);
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) y[c] = P::from_float(out[c]);
+  }
+}
+
+template <class P, int B> void multiply_tile(const ChannelArgs* a, int64_t tile) {
+  alignas(64) float sums[B * kMaxTile], totals[B * kMaxTile], up[B * kMaxTile];
+  const int64_t width = tile_width(a->weight, tile);
+  sum_tile<P, B>(a->weight, a->list, tile, sums, totals);
+  if (a->up) sum_tile<P, B>(a->up, a->list, tile, sums, up);
+  for (int64_t m = 0; m < B; ++m)
+    finish_row<P>(a, tile, m, totals + m * width, a->up ? up + m * width : nullptr);
+}
+
+template <class P> void multiply_channels(const ChannelArgs* a, int64_t tile) {
+  switch (a->batch) {
+    case 1: return multiply_tile<P, 1>(a, tile);
+    case 2: return multiply_tile<P, 2>(a, tile);
+    case 3: return multiply_tile<P, 3>(a, tile);
+    case 4: return multiply_tile<P, 4>(a, tile);
+    case 5: return multiply_tile<P, 5>(a, tile);
+    case 6: return multiply_tile<P, 6>(a, tile);
+    case 7: return multiply_tile<P, 7>(a, tile);
+    default: return multiply_tile<P, 8>(a, tile);
+  }
+}
+
+// -- which channels count --------------------------------------------------------------------------
+
+INLINE bool counts(float x, float scale, float threshold) {
+  // a NaN counts: it must show in the result
+  return !(__builtin_fabsf(x) * scale <= threshold);
+}
+
+INLINE float scale_of(const SelectArgs* a, int64_t i) { return a->scales ? a->scales[i] : 1.0f; }
+
+INLINE void pad_list(ChannelList* list) {
+  const int64_t padded = (list->active + kGroup - 1) / kGroup * kGroup;
+  const int32_t last = list->active ? list->channels[list->active - 1] : 0;
+  for (int64_t n = list->active; n < padded; ++n) list->channels[n] = last;
+  list->count = padded;
+}
+
+// One row, written without branches: entries behind the end are written again.
+template <class P> struct Select {
+  static void run(const SelectArgs* a, ChannelList* list) {
+    const typename P::Elem* x = (const typename P::Elem*)a->x;
+    typename P::X* values = (typename P::X*)list->values;
+    const float threshold = a->thresholds[0];
+    int64_t n = 0;
+    for (int64_t i = 0; i < a->in_features; ++i) {
+      const float value = P::to_float(x[i]);
+      list->channels[n] = (int32_t)i;
+      if constexpr (Same<typename P::X, typename P::Elem>::value) values[n] = x[i];
+      else values[n] = value;
+      n += counts(value, scale_of(a, i), threshold);
+    }
+    list->active = n;
+  }
+};
+
+template <class P> void select_channels(const SelectArgs* a, ChannelList* list) {
+  list->active = 0;
+  if (a->thresholds[0] < __builtin_inff()) Select<P>::run(a, list);
+  pad_list(list);
+  typename P::X* values = (typename P::X*)list->values;
+  for (int64_t n = list->active; n < list->count; ++n) values[n] = 0;
+}
+
+template <class P>
+void select_union(const SelectArgs* a, uint8_t* marks, ChannelList* list) {
+  const int64_t I = a->in_features;
+  for (int64_t i = 0; i < I; ++i) marks[i] = 0;
+  for (int64_t m = 0; m < a->batch; ++m) {
+    const typename P::Elem* x = (const typename P::Elem*)a->x + m * I;
+    const float threshold = a->thresholds[m];
+    if (!(threshold < __builtin_inff())) continue;
+#pragma omp simd
+    for (int64_t i = 0; i < I; ++i)
+      marks[i] |= counts(P::to_float(x[i]), scale_of(a, i), threshold);
+  }
+  int64_t n = 0;
+  for (int64_t i = 0; i < I; ++i) {
+    list->channels[n] = (int32_t)i;
+    n += marks[i];
+  }
+  list->active = n;
+  pad_list(list);
+}
+
+template <class P> int64_t gather(const SelectArgs* a, const ChannelList* list, int64_t m) {
+  typedef typename P::X X;
+  const typename P::Elem* x = (const typename P::Elem*)a->x + m * a->in_features;
+  X* values = (X*)list->values + 2 * m;
+  const float threshold = a->thresholds[m];
+  const bool live = threshold < __builtin_inff();
+  int64_t active = 0;
+  for (int64_t n = 0; n < list->count; ++n) {
+    const int32_t i = list->channels[n];
+    const float value = P::to_float(x[i]);
+    const bool kept =
+        live && n < list->active && counts(value, scale_of(a, i), threshold);
+    X entry;
+    if constexpr (Same<X, typename P::Elem>::value) entry = x[i];
+    else entry = value;
+    values[n / 2 * 2 * a->batch + n % 2] = kept ? entry : (X)0;
+    active += kept;
+  }
+  return active;
+}
+
+// -- the dense weight ------------------------------------------------------------------------------
+
+template <class P> void unpack_channels(const ChannelWeight* w, void* out, int64_t begin, int64_t end) {
+  typedef typename P::Elem Elem;
+  const int64_t tile = begin / w->tile, width = end - begin;
+  const int64_t skipped = (begin - tile * w->tile) / kWord;
+  for (int64_t i = 0; i < w->in_features; ++i) {
+    const char* at = chunk_at<P>(w, tile, i);
+    Elem* y = (Elem*)out + i * width;
+    for (int64_t word = 0; word < skipped; ++word)
+      at += kMaskBytes + (int64_t)sizeof(Elem) *
+                             __builtin_popcountll(load_word<uint64_t>((const uint8_t*)at));
+    for (int64_t o = 0; o < width; o += kWord) {
+      const uint64_t mask = load_word<uint64_t>((const uint8_t*)at);
+      const Elem* values = (const Elem*)(at + kMaskBytes);
+      Elem tail[kWord];
+      Elem* place = o + kWord <= width ? y + o : tail;
+      UNROLL for (int c = 0; c < kWord; c += P::kCols) {
+        const auto bits = (typename MaskWord<P::kCols>::type)(mask >> c);
+        P::store(P::expand(bits, values), place + c);
+        values += __builtin_popcountll(bits);
+      }
+      for (int64_t c = 0; place == tail && o + c < width; ++c) y[o + c] = tail[c];
+      at = (const char*)values;
+    }
+  }
+}
+
+template <class P> INLINE ChannelKernel channel_kernel() {
+  return ChannelKernel{sizeof(typename P::X), select_channels<P>,   select_union<P>,
+                       gather<P>,             multiply_channels<P>, unpack_channels<P>};
+}
+
+}  // namespace
