@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.dispatch import backend_for
 from prune_llm_kernels.packed_weight import PackedWeight
 
@@ -45,6 +46,16 @@ def unpack(weight: PackedWeight) -> Tensor:
     )
 
 
+def channel_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias over a channel-major weight; a single row skips the inputs that are zero.
+
+    Otherwise as sparse_linear.
+    """
+    return torch.ops.prune_llm.channel_linear.default(  # type: ignore[no-any-return]
+        x, weight.data, weight.starts, weight.out_features, weight.in_features, weight.tile, bias
+    )
+
+
 def _sparse_linear(
     x: Tensor,
     bitmask: Tensor,
@@ -66,6 +77,20 @@ def _dense_linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
 
 def _unpack(bitmask: Tensor, packed: Tensor, offsets: Tensor | None, in_features: int) -> Tensor:
     return backend_for(packed.device.type).unpack(bitmask, packed, offsets, in_features)
+
+
+def _channel_linear(
+    x: Tensor,
+    data: Tensor,
+    starts: Tensor | None,
+    out_features: int,
+    in_features: int,
+    tile: int,
+    bias: Tensor | None,
+) -> Tensor:
+    _check_input(x, in_features, out_features, data, bias)
+    weight = ChannelWeight(data, starts, out_features, in_features, tile)
+    return backend_for(x.device.type).channel_linear(x, weight, bias)
 
 
 def _check_input(x: Tensor, I: int, O: int, values: Tensor, bias: Tensor | None) -> None:
@@ -99,6 +124,18 @@ def _fake_dense_linear(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Ten
     return x.new_empty((*x.shape[:-1], weight_OI.shape[0]))
 
 
+def _fake_channel_linear(
+    x: Tensor,
+    data: Tensor,
+    starts: Tensor | None,
+    out_features: int,
+    in_features: int,
+    tile: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 def _fake_unpack(
     bitmask: Tensor, packed: Tensor, offsets: Tensor | None, in_features: int
 ) -> Tensor:
@@ -113,6 +150,8 @@ _OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         _dense_linear,
         _fake_dense_linear,
     ),
+    "channel_linear(Tensor x, Tensor data, Tensor? starts, int out_features, int in_features,"
+    " int tile, Tensor? bias) -> Tensor": (_channel_linear, _fake_channel_linear),
     "unpack(Tensor bitmask, Tensor packed, Tensor? offsets, int in_features) -> Tensor": (
         _unpack,
         _fake_unpack,
