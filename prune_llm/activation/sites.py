@@ -1,0 +1,133 @@
+"""The sites of a loaded model: which linears of its decoder blocks read one and the same input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prune_llm.activation.levels import ActivationSite
+from prune_llm.architecture import Linear, _decoder_blocks, _linears, matches
+from prune_llm.blocks import _complete, _observe
+from prune_llm.sparse_linear import SparseLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# enough for every expert of a block to be reached, or for another of its kind to be
+PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSite:
+    """A site and its modules in a loaded model.
+
+    Attributes:
+        block: index of its decoder block.
+        weights: of its linears, counted dense: what the site weighs in an overall sparsity.
+    """
+
+    site: ActivationSite
+    block: int
+    linears: tuple[Linear, ...]
+    weights: int
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(linear.module for linear in self.linears)
+
+
+def find_sites(model: PreTrainedModel, ignore: tuple[str, ...] = ()) -> list[ModelSite]:
+    """Sites of all decoder blocks, in the order in which the model reads them.
+
+    Found by running the model, dense or packed, once on a few tokens. Linears that match one of
+    the shell patterns in ``ignore`` are left out: their inputs stay dense.
+
+    Raises:
+        ValueError: a linear reads nothing, or more than one input; or there is no linear.
+    """
+    by_block = _linears_by_block(model)
+    kept = [
+        (index, linear)
+        for index, linears in enumerate(by_block)
+        for linear in linears
+        if not any(matches(linear, pattern) for pattern in ignore)
+    ]
+    if not kept:
+        raise ValueError(
+            f"{type(model).__name__}: has no linears whose inputs could be skipped "
+            f"(ignored: {', '.join(ignore) or 'none'})"
+        )
+    # one run of the whole model: linears are told apart by their full names
+    named = [Linear(x.name, x.name, x.module, x.transposed) for _, x in kept]
+    names = tuple(linear.name for linear in named)
+    grouped = _complete(_observe(named, lambda: _probe(model)), names)
+    _check_reads(grouped, names)
+    by_name = {linear.name: (index, linear) for index, linear in kept}
+    return [_site([by_name[name] for name in group]) for group in grouped]
+
+
+def weight_OI(linear: Linear) -> Tensor:
+    """The dense weight [O, I] in the module's dtype; a packed one is unpacked."""
+    return linear.to_OI(linear.weight.detach())
+
+
+def _linears_by_block(model: PreTrainedModel) -> list[list[Linear]]:
+    """As `architecture.block_linears`, with the packed ones, in module order."""
+    blocks_name, blocks = _decoder_blocks(model)
+    found = []
+    for index, block in enumerate(blocks):
+        name = f"{blocks_name}.{index}"
+        dense = {linear.kind: linear for linear in _linears(block, name)}
+        linears = []
+        for kind, module in block.named_modules():
+            if isinstance(module, SparseLinear):
+                linears.append(Linear(f"{name}.{kind}", kind, module, module.transposed))
+            elif kind in dense:
+                linears.append(dense[kind])
+        found.append(linears)
+    return found
+
+
+@torch.no_grad()  # not inference_mode: its tensors have no version to tell them apart
+def _probe(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config(decoder=True)
+    width = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
+    ids_1T = torch.arange(width, device=model.device)[None] % config.vocab_size
+    model(input_ids=ids_1T, use_cache=False)
+
+
+def _check_reads(grouped: list[tuple[str, ...]], names: tuple[str, ...]) -> None:
+    reads = Counter(name for group in grouped for name in group)
+    for name in names:
+        if reads[name] != 1:
+            how = "several different inputs" if reads[name] else "no input"
+            raise ValueError(
+                f"{name}: reads {how} when the model runs, so there is no threshold for it; "
+                f"leave it dense with --ignore {name}"
+            )
+
+
+def _site(members: list[tuple[int, Linear]]) -> ModelSite:
+    index, first = members[0]
+    linears = tuple(linear for _, linear in members)
+    prefix = first.name.removesuffix(first.kind)
+    name = prefix + ",".join(linear.kind for linear in linears)
+    sizes = [_size(linear) for linear in linears]
+    site = ActivationSite(name, tuple(linear.name for linear in linears), sizes[0][1])
+    return ModelSite(site, index, linears, sum(rows * width for rows, width in sizes))
+
+
+def _size(linear: Linear) -> tuple[int, int]:
+    """O and I, without unpacking anything."""
+    if isinstance(linear.module, SparseLinear):
+        return linear.module.out_features, linear.module.in_features
+    rows, width = linear.to_OI(linear.weight).shape
+    return rows, width
