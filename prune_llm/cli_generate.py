@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from prune_llm.decoder import Draft
 from prune_llm.generation import Generation, Prompt, stream
 
 
@@ -16,6 +17,7 @@ def run_generate(
 ) -> None:
     """Text to standard output as it comes, figures to standard error; or one JSON document."""
     _quiet(threads)
+    settings = _with_draft(settings)
     generation: Generation | None = None
     for piece in stream(model, prompt, **settings):
         generation = piece.generation
@@ -27,6 +29,14 @@ def run_generate(
     else:
         click.echo()
         click.echo(_figures(generation), err=True)
+
+
+def _with_draft(settings: dict[str, Any]) -> dict[str, Any]:
+    """The options --draft-level and --draft-tokens as one `Draft`."""
+    given = {"level": settings.pop("draft_level", None), "tokens": settings.pop("draft_tokens", 3)}
+    if given["level"] is not None:
+        settings["draft"] = Draft(**given)
+    return settings
 
 
 def _quiet(threads: int | None) -> None:
@@ -46,6 +56,11 @@ def _figures(generation: Generation) -> str:
     reason = generation.finish_reason
     if reason == "length":
         reason += f": no more than {generation.max_tokens} were asked for or fit the context"
+    done = generation.statistics
+    if done.active is not None:
+        reason += f"; level {done.level}, {done.active:.0%} of the inputs active"
+    if done.drafted:
+        reason += f"; {done.accepted} of {done.drafted} drafted tokens accepted"
     return (
         f"{generation.prompt_tokens} prompt tokens in {generation.prefill_seconds:.2f} s, "
         f"{len(generation.token_ids)} tokens at {_speed(generation)} tokens/s "

@@ -11,25 +11,48 @@ V = vocabulary, R = rotated part of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from prune_llm.activation.decoding import ModelLevels, PlanGates, choose_level
+from prune_llm.activation.levels import DENSE
 from prune_llm.attention import FastAttention
+from prune_llm.channel_linear import ChannelLinear
 from prune_llm.fused_block import FusedBlock
-from prune_llm.parts import BlockParts, LinearPart, ModelParts, NormPart, OtherParts, read_parts
+from prune_llm.parts import ModelParts, OtherParts, read_parts
+from prune_llm.recording import Recording, rotary_angles
 from prune_llm_kernels import tokens
 from prune_llm_kernels.kv_cache import KeyValueCache
-from prune_llm_kernels.plan import AttentionStep, Plan, new_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECK_TOKENS = 9
+MOST_DRAFTED = 15
 # relative distance of logits that rounding explains, and a missing factor or part does not
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class DecodeStatistics:
+    """What the decode steps so far did.
+
+    Attributes:
+        active: share of the linears' inputs that counted, weighted by the weights they meet; None
+            where nothing was counted. read: share of the channels that were read for it: more than
+            active where several rows ran together.
+        drafted, accepted: tokens proposed by a draft level, and how many of them were right.
+    """
+
+    level: str = DENSE
+    active: float | None = None
+    read: float | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Decoder(Protocol):
@@ -43,40 +66,68 @@ class Decoder(Protocol):
     def step(self, token: int) -> Tensor:
         """Add a token; logits [V] of the next one. Valid until the next call."""
 
+    def statistics(self) -> DecodeStatistics:
+        """Of all steps since the decoder was made."""
 
-def new_decoder(model: PreTrainedModel, capacity: int) -> Decoder:
+
+def new_decoder(
+    model: PreTrainedModel, capacity: int, level: str = DENSE, draft: Draft | None = None
+) -> Decoder:
     """The fastest decoder that computes what the model computes.
 
     Args:
         capacity: tokens of prompt and answer together that must fit.
+        level: of activation sparsity for every token behind the prompt. The first level that is
+            not "dense" puts the model's weights into channel-major order, for good.
+        draft: propose tokens at another level and verify them at this one.
+
+    Raises:
+        ValueError: a level the model does not have, or a draft where none is possible.
     """
+    levels = choose_level(model, level)
+    if draft is not None:
+        choose_level(model, draft.level)
     reason = recordable(model)
-    if reason is not None:
-        return TransformersDecoder(model, reason)
-    return PlanDecoder(read_parts(model), capacity)
+    if reason is None:
+        decoder = PlanDecoder(read_parts(model), capacity, levels, level)
+        return decoder if draft is None else SpeculativeDecoder(decoder, draft)
+    if draft is not None:
+        raise ValueError(
+            f"draft_level {draft.level!r}: this model decodes through transformers ({reason}); "
+            "leave the draft out"
+        )
+    return TransformersDecoder(model, reason, levels, level)
 
 
 def recordable(model: PreTrainedModel) -> str | None:
     """None if the model can be recorded and the recording was found to agree; else the reason.
 
-    The comparison runs once for each model: some tokens through both.
+    The comparison runs once for each form of the model's weights: some tokens through both.
     """
-    known: dict[str, str | None] = model.__dict__.setdefault("_prune_llm_recordable", {})
-    if "reason" not in known:
+    known: dict[bool, str | None] = model.__dict__.setdefault("_prune_llm_recordable", {})
+    form = any(isinstance(module, ChannelLinear) for module in model.modules())
+    if form not in known:
         try:
             _compare(model)
-            known["reason"] = None
+            known[form] = None
         except OtherParts as reason:
-            known["reason"] = str(reason)
-    return known["reason"]
+            known[form] = str(reason)
+    return known[form]
 
 
 class TransformersDecoder:
     """Any causal LM, by its own forward pass and its own cache."""
 
-    def __init__(self, model: PreTrainedModel, reason: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reason: str,
+        levels: ModelLevels | None = None,
+        level: str = DENSE,
+    ) -> None:
         self.name = f"transformers ({reason})"
-        self._model = model
+        self._model, self._level = model, level
+        self._gates = None if levels is None or level == DENSE else levels.gates(model, level)
         self._cache: Any = None
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
@@ -84,7 +135,16 @@ class TransformersDecoder:
         return self._run(list(ids))
 
     def step(self, token: int) -> Tensor:
-        return self._run([token])
+        if self._gates is None:
+            return self._run([token])
+        with self._gates:
+            return self._run([token])
+
+    def statistics(self) -> DecodeStatistics:
+        if self._gates is None or not any(self._gates.active):
+            return DecodeStatistics(self._level)
+        active = 1 - self._gates.sparsity
+        return DecodeStatistics(self._level, active, active)
 
     @torch.inference_mode()
     def _run(self, ids: list[int]) -> Tensor:
@@ -113,22 +173,48 @@ class PlanDecoder:
 
     name = "prune_llm kernels"
 
-    def __init__(self, parts: ModelParts, capacity: int) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        parts: ModelParts,
+        capacity: int,
+        levels: ModelLevels | None = None,
+        level: str = DENSE,
+    ) -> None:
+        self.parts, self.levels, self._level = parts, levels, level
         first = parts.blocks[0]
         kv_heads = first.key.out_features // first.head_size
-        self._caches = [
+        self.caches = [
             KeyValueCache.allocate(1, kv_heads, capacity, first.head_size, parts.dtype)
             for _ in parts.blocks
         ]
-        self._position_B = torch.zeros(1, dtype=torch.int64)
-        self._length = 0
-        self._angles = _angles(parts.model, self._caches[0].capacity)
-        self._recording = _Recording(parts, self._caches, self._position_B, self._angles)
+        self.length = 0  # tokens whose keys and values are valid
+        self.angles = rotary_angles(parts.model, self.caches[0].capacity)
+        self.position_B = torch.zeros(1, dtype=torch.int64)
+        self._recording = self.record(self.position_B, level)
+
+    def record(self, positions_B: Tensor, level: str) -> Recording:
+        """A plan over this decoder's one sequence, at a level, for rows at the positions."""
+        gates = None
+        if self.levels is not None:
+            gates = PlanGates(self.levels, len(positions_B))
+            for row in range(len(positions_B)):
+                gates.choose(row, self.levels.table.level(level))
+        slots_B = torch.zeros_like(positions_B)
+        return Recording(self.parts, self.caches, slots_B, positions_B, self.angles, gates)
+
+    @property
+    def capacity(self) -> int:
+        return self.caches[0].capacity
+
+    def statistics(self) -> DecodeStatistics:
+        gates = self._recording.gates
+        if gates is None:
+            return DecodeStatistics(self._level)
+        return DecodeStatistics(self._level, gates.active, gates.read)
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.nbytes for cache in self._caches)
+        return sum(cache.nbytes for cache in self.caches)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> Tensor:
@@ -137,27 +223,27 @@ class PlanDecoder:
         Raises:
             ValueError: no token, or more than fit.
         """
-        if not 0 < len(ids) <= self._caches[0].capacity:
+        if not 0 < len(ids) <= self.caches[0].capacity:
             raise ValueError(
-                f"prompt of {len(ids)} tokens: must have between 1 and {self._caches[0].capacity}"
+                f"prompt of {len(ids)} tokens: must have between 1 and {self.caches[0].capacity}"
             )
         ids_BT = torch.tensor([list(ids)])
         hidden_D = self._run_fused(ids_BT) if self._fusible(len(ids)) else self._run_model(ids_BT)
-        self._length = len(ids)
-        logits_V: Tensor = self._parts.head(hidden_D[None])[0]
+        self.length = len(ids)
+        logits_V: Tensor = self.parts.head(hidden_D[None])[0]
         return logits_V
 
     def _fusible(self, count: int) -> bool:
-        whole = all(not 0 < block.window < count for block in self._parts.blocks)
-        return whole and tokens.supports_rows(self._parts.embedding_VD)
+        whole = all(not 0 < block.window < count for block in self.parts.blocks)
+        return whole and tokens.supports_rows(self.parts.embedding_VD)
 
     def _run_fused(self, ids_BT: Tensor) -> Tensor:
         """Hidden state [D] of the last token, block by block with our kernels."""
-        parts, count = self._parts, ids_BT.shape[1]
+        parts, count = self.parts, ids_BT.shape[1]
         hidden_BTD = parts.embedding_VD[ids_BT]
-        cosine_TR, sine_TR = self._angles
+        cosine_TR, sine_TR = self.angles
         angles = cosine_TR[None, :count], sine_TR[None, :count]
-        for block, cache in zip(parts.model.base_model.layers, self._caches, strict=True):
+        for block, cache in zip(parts.model.base_model.layers, self.caches, strict=True):
             hidden_BTD = FusedBlock(block, partial(_keep, cache))(hidden_BTD, angles)
         norm = parts.norm
         return tokens.rms_norm(hidden_BTD[0, -1:], norm.weight, norm.eps)[0]
@@ -168,112 +254,102 @@ class PlanDecoder:
 
         kept = DynamicCache()
         with FastAttention():
-            output = self._parts.model.base_model(
+            output = self.parts.model.base_model(
                 input_ids=ids_BT, past_key_values=kept, use_cache=True
             )
-        for cache, layer in zip(self._caches, kept.layers, strict=True):
+        for cache, layer in zip(self.caches, kept.layers, strict=True):
             cache.write(0, 0, layer.keys[0], layer.values[0])
         hidden_D: Tensor = output.last_hidden_state[0, -1]
         return hidden_D
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
-        recording = self._recording
-        recording.x_BD[0] = self._parts.embedding_VD[token]
-        self._position_B[0] = self._length
+        logits_V = self.run(self._recording, token, self.length)
+        self.length += 1
+        return logits_V
+
+    def run(self, recording: Recording, token: int, position: int) -> Tensor:
+        """One row of a recording over ``position_B``: logits [V] behind the token."""
+        recording.x_BD[0] = self.parts.embedding_VD[token]
+        self.position_B[0] = position
         recording.plan.run()
-        self._length += 1
         return recording.logits_BV[0]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Speculative decoding with the model's own sparser level (Leviathan et al. 2023).
+
+    Attributes:
+        level: that proposes; tokens: how many it proposes at a time.
+    """
+
+    level: str
+    tokens: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens <= MOST_DRAFTED:
+            raise ValueError(f"draft_tokens {self.tokens}: must be between 1 and {MOST_DRAFTED}")
+
+
+class SpeculativeDecoder:
+    """A draft level proposes tokens, the level asked for verifies them all in one run.
+
+    The logits are those of that level, bit for bit where it is "dense": a proposal is used only
+    when the caller draws the very same token, so any way of sampling stays exact.
+    """
+
+    def __init__(self, decoder: PlanDecoder, draft: Draft) -> None:
+        level = decoder.statistics().level
+        self.name = f"{decoder.name}, drafting at {draft.level}"
+        self._decoder, self._draft, self._level = decoder, draft, level
+        self._positions_B = torch.full((draft.tokens + 1,), -1)
+        self._verifier = decoder.record(self._positions_B, level)
+        self._drafter = decoder.record(decoder.position_B, draft.level)
+        self._proposed: list[int] = []
+        self._used = self._drafted = self._accepted = 0
+
+    def prefill(self, ids: Sequence[int]) -> Tensor:
+        self._proposed, self._used = [], 0
+        return self._decoder.prefill(ids)
+
+    def step(self, token: int) -> Tensor:
+        if self._used < len(self._proposed) and token == self._proposed[self._used]:
+            self._used += 1
+            self._accepted += 1
+        else:
+            self._propose(token)
+            self._verify(token)
+        self._decoder.length += 1
+        return self._verifier.logits_BV[self._used]
+
+    def statistics(self) -> DecodeStatistics:
+        gates = self._drafter.gates
+        active, read = (None, None) if gates is None else (gates.active, gates.read)
+        return DecodeStatistics(self._level, active, read, self._drafted, self._accepted)
+
+    @torch.inference_mode()
+    def _propose(self, token: int) -> None:
+        """Greedy tokens behind the given one. What the draft caches is overwritten in verifying."""
+        start, self._proposed, self._used = self._decoder.length, [], 0
+        count = min(self._draft.tokens, self._decoder.capacity - start - 1)
+        for position in range(start, start + count):
+            logits_V = self._decoder.run(self._drafter, token, position)
+            token = int(logits_V.argmax())
+            self._proposed.append(token)
+        self._drafted += count
+
+    @torch.inference_mode()
+    def _verify(self, token: int) -> None:
+        rows = [token, *self._proposed]
+        self._positions_B.fill_(-1)
+        self._positions_B[: len(rows)] = self._decoder.length + torch.arange(len(rows))
+        self._verifier.x_BD[: len(rows)] = self._decoder.parts.embedding_VD[torch.tensor(rows)]
+        self._verifier.plan.run()
 
 
 def _keep(cache: KeyValueCache, keys_BKTD: Tensor, values_BKTD: Tensor) -> None:
     cache.write(0, 0, keys_BKTD[0], values_BKTD[0])
-
-
-class _Recording:
-    """The plan of one decode step and the buffers it runs through."""
-
-    def __init__(
-        self,
-        parts: ModelParts,
-        caches: Sequence[KeyValueCache],
-        positions_B: Tensor,
-        angles: tuple[Tensor, Tensor],
-    ) -> None:
-        self._rows = len(positions_B)
-        self._dtype = parts.dtype
-        self._positions_B = positions_B
-        self._slots_B = torch.arange(self._rows)
-        self.plan: Plan = new_plan("cpu", parts.dtype)
-        width = parts.embedding_VD.shape[1]
-        self.x_BD = self._buffer(width)
-        self._normed_BD = self._buffer(width)
-        self.logits_BV = self._buffer(parts.head.out_features)
-        first = parts.blocks[0]
-        self._q_BI, self._out_BI = (self._buffer(first.query.out_features) for _ in range(2))
-        self._k_BI, self._v_BI = (self._buffer(first.key.out_features) for _ in range(2))
-        self._gate_BI, self._up_BI = (self._buffer(first.gate.out_features) for _ in range(2))
-        for block, cache in zip(parts.blocks, caches, strict=True):
-            self._attention(block, cache, angles)
-            self._mlp(block)
-        self._norm(parts.norm, self.x_BD, self._normed_BD)
-        self._linears(self._normed_BD, [parts.head], [self.logits_BV])
-
-    def _buffer(self, width: int) -> Tensor:
-        return torch.zeros(self._rows, width, dtype=self._dtype)
-
-    def _attention(
-        self, block: BlockParts, cache: KeyValueCache, angles: tuple[Tensor, Tensor]
-    ) -> None:
-        size = block.head_size
-        self._norm(block.input_norm, self.x_BD, self._normed_BD)
-        q, k, v = self._q_BI, self._k_BI, self._v_BI
-        self._linears(self._normed_BD, [block.query, block.key, block.value], [q, k, v])
-        q_BHD, k_BKD, v_BKD, out_BHD = (
-            tensor.view(self._rows, -1, size) for tensor in (q, k, v, self._out_BI)
-        )
-        if block.query_norm is not None:
-            self._norm(block.query_norm, q_BHD, q_BHD)
-        if block.key_norm is not None:
-            self._norm(block.key_norm, k_BKD, k_BKD)
-        step = AttentionStep(
-            q_BHD,
-            k_BKD,
-            v_BKD,
-            out_BHD,
-            *angles,
-            cache,
-            self._slots_B,
-            self._positions_B,
-            block.scale,
-            block.window,
-        )
-        self.plan.attention(step)
-        self._linears(self._out_BI, [block.output], [self.x_BD], accumulate=True)
-
-    def _mlp(self, block: BlockParts) -> None:
-        self._norm(block.mlp_norm, self.x_BD, self._normed_BD)
-        gate, up = self._gate_BI, self._up_BI
-        self._linears(self._normed_BD, [block.gate, block.up], [gate, up])
-        self.plan.silu_mul(gate, up, gate)
-        self._linears(gate, [block.down], [self.x_BD], accumulate=True)
-
-    def _norm(self, norm: NormPart, x: Tensor, out: Tensor) -> None:
-        self.plan.rms_norm(x, norm.weight, norm.eps, out)
-
-    def _linears(
-        self, x_BI: Tensor, linears: list[LinearPart], outs: list[Tensor], accumulate: bool = False
-    ) -> None:
-        weights, biases = [p.weight for p in linears], [p.bias for p in linears]
-        self.plan.linears(x_BI, weights, biases, outs, accumulate)
-
-
-def _angles(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, R] of every position, float32, as the model makes them."""
-    with torch.no_grad():
-        like = torch.zeros(1, 1, 1)
-        cosine, sine = model.base_model.rotary_emb(like, torch.arange(positions)[None])
-    return cosine[0].float().contiguous(), sine[0].float().contiguous()
 
 
 def _compare(model: PreTrainedModel) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from prune_llm.decoder import Decoder, new_decoder
+from prune_llm.activation.levels import DENSE
+from prune_llm.decoder import Decoder, DecodeStatistics, Draft, new_decoder
 from prune_llm.sampling import Sampler, SamplingParams, model_defaults
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Generation:
         prompt_tokens: length of the prompt.
         max_tokens: how many could follow: as asked, or what the model's context left.
         prefill_seconds: until the first token's logits; decode_seconds: for all that follow.
-        decoder: what ran the tokens.
+        decoder: what ran the tokens; statistics: what its steps did.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     decoder: str
+    statistics: DecodeStatistics = field(default_factory=DecodeStatistics)
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,11 +67,13 @@ def generate(
     prompt: Prompt,
     params: SamplingParams | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    level: str = DENSE,
+    draft: Draft | None = None,
     **changes: Any,
 ) -> Generation:
     """Continue a prompt and return the whole answer; the arguments are those of `stream`."""
     generation: Generation | None = None
-    for piece in stream(model, prompt, params, tokenizer, **changes):
+    for piece in stream(model, prompt, params, tokenizer, level, draft, **changes):
         generation = piece.generation
     assert generation is not None
     return generation
@@ -80,6 +84,8 @@ def stream(
     prompt: Prompt,
     params: SamplingParams | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    level: str = DENSE,
+    draft: Draft | None = None,
     **changes: Any,
 ) -> Iterator[Piece]:
     """Continue a prompt and yield a piece for every token.
@@ -90,12 +96,14 @@ def stream(
             chat template.
         params: see `SamplingParams`; None: what the model's generation_config.json says.
         tokenizer: None: the one beside the model.
+        level: of activation sparsity for the tokens behind the prompt; see `new_decoder`.
+        draft: propose tokens at a sparser level, verify them at ``level``.
         changes: fields of SamplingParams by name, such as ``max_tokens=20``. Where the context
             leaves less room than max_tokens, `Generation.max_tokens` is smaller than asked.
 
     Raises:
-        ValueError: a bad parameter, an empty prompt, one that leaves no room in the model's
-            context, a model without tokenizer or chat template.
+        ValueError: a bad parameter or level, an empty prompt, one that leaves no room in the
+            model's context, a model without tokenizer or chat template.
     """
     if isinstance(model, str | os.PathLike):
         from prune_llm.integration import load
@@ -108,7 +116,7 @@ def stream(
     tokenizer = tokenizer or load_tokenizer(model)
     ids = prompt_ids(prompt, tokenizer)
     most = room(model, len(ids), params.max_tokens)
-    decoder = new_decoder(model, len(ids) + most)
+    decoder = new_decoder(model, len(ids) + most, level, draft)
     yield from decode(decoder, ids, replace(params, max_tokens=most), tokenizer, end_ids(model))
 
 
@@ -205,6 +213,7 @@ def decode(
                 prefilled - started,
                 time.perf_counter() - prefilled,
                 decoder.name,
+                decoder.statistics(),
             ),
         )
         if reason is not None:

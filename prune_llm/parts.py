@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prune_llm.channel_linear import ChannelLinear
 from prune_llm.sparse_linear import SparseLinear
-from prune_llm_kernels import PackedWeight, dense_linear, sparse_linear
+from prune_llm_kernels import (
+    ChannelWeight,
+    PackedWeight,
+    channel_linear,
+    dense_linear,
+    sparse_linear,
+)
 from prune_llm_kernels.kv_cache import MAX_HEAD_SIZE
 from prune_llm_kernels.packed_weight import DTYPES
 
@@ -32,19 +39,22 @@ class OtherParts(Exception):
 
 @dataclass(frozen=True)
 class LinearPart:
-    """A weight [O, I], packed or dense, and its bias [O]."""
+    """A weight [O, I] in any form, its bias [O], and its module's name in the model."""
 
-    weight: PackedWeight | Tensor
+    weight: PackedWeight | ChannelWeight | Tensor
     bias: Tensor | None
+    name: str
 
     @property
     def out_features(self) -> int:
         weight = self.weight
-        return weight.out_features if isinstance(weight, PackedWeight) else weight.shape[0]
+        return weight.shape[0] if isinstance(weight, Tensor) else weight.out_features
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, PackedWeight):
             return sparse_linear(x, self.weight, self.bias)
+        if isinstance(self.weight, ChannelWeight):
+            return channel_linear(x, self.weight, self.bias)
         return dense_linear(x, self.weight, self.bias)
 
 
@@ -133,18 +143,19 @@ def check_block(block: Any) -> None:
 def _read_block(block: Any, model: PreTrainedModel, index: int) -> BlockParts:
     check_block(block)
     attention, mlp = block.self_attn, block.mlp
+    name = f"{model.base_model_prefix}.layers.{index}"
     return BlockParts(
         input_norm=_read_norm(block.input_layernorm),
-        query=_read_linear(attention.q_proj, "q_proj"),
-        key=_read_linear(attention.k_proj, "k_proj"),
-        value=_read_linear(attention.v_proj, "v_proj"),
-        output=_read_linear(attention.o_proj, "o_proj"),
+        query=_read_linear(attention.q_proj, f"{name}.self_attn.q_proj"),
+        key=_read_linear(attention.k_proj, f"{name}.self_attn.k_proj"),
+        value=_read_linear(attention.v_proj, f"{name}.self_attn.v_proj"),
+        output=_read_linear(attention.o_proj, f"{name}.self_attn.o_proj"),
         query_norm=_read_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_read_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
         mlp_norm=_read_norm(block.post_attention_layernorm),
-        gate=_read_linear(mlp.gate_proj, "gate_proj"),
-        up=_read_linear(mlp.up_proj, "up_proj"),
-        down=_read_linear(mlp.down_proj, "down_proj"),
+        gate=_read_linear(mlp.gate_proj, f"{name}.mlp.gate_proj"),
+        up=_read_linear(mlp.up_proj, f"{name}.mlp.up_proj"),
+        down=_read_linear(mlp.down_proj, f"{name}.mlp.down_proj"),
         head_size=attention.head_dim,
         scale=float(attention.scaling),
         window=_window(model.config, index),
@@ -190,7 +201,9 @@ def _read_linear(module: nn.Module, name: str) -> LinearPart:
     if hasattr(module, "_hf_hook"):
         raise OtherParts(f"{name} is offloaded")
     if isinstance(module, SparseLinear):
-        return LinearPart(module.packed_weight(), module._parameters["bias"])
+        return LinearPart(module.packed_weight(), module._parameters["bias"], name)
+    if isinstance(module, ChannelLinear):
+        return LinearPart(module.channel_weight, module._parameters["bias"], name)
     if type(module) is not nn.Linear:
         raise OtherParts(f"{name} is a {type(module).__name__}")
-    return LinearPart(module.weight, module.bias)
+    return LinearPart(module.weight, module.bias, name)

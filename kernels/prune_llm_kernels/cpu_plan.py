@@ -86,7 +86,9 @@ class CpuPlan:
                 raise ValueError("weights: some are channel-major and some are not; convert all")
             entries.append((*_channel_arguments(weight), _address(bias), out.data_ptr()))
         gate_at = _address(gate.scales_I), gate.thresholds_B.data_ptr(), _address(gate.counts)
-        self._plan.channels(x_BI.data_ptr(), *x_BI.shape, *gate_at, entries, accumulate, gated)
+        self._plan.channels(
+            x_BI.data_ptr(), len(x_BI), x_BI.shape[1], *gate_at, entries, accumulate, gated
+        )
 
     def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
         width = x_BI.shape[-1]

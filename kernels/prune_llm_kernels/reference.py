@@ -134,7 +134,8 @@ def pack_channels(weight: PackedWeight, tile: int) -> ChannelWeight:
                 pieces += [mask.view(dense.dtype), values]
                 at += len(pieces[-2]) + len(values)
     data = torch.cat([*pieces, dense.new_zeros(SLACK)])
-    return ChannelWeight(data, torch.tensor([*starts, at]).to(torch.uint32), O, I, tile, weight.offsets is None)
+    all_starts = torch.tensor([*starts, at]).to(torch.uint32)
+    return ChannelWeight(data, all_starts, O, I, tile, weight.offsets is None)
 
 
 def unpack_channels(weight: ChannelWeight) -> Tensor:

@@ -62,9 +62,7 @@ class GatedModel:
     _kept: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: PreTrainedModel, criterion: str, ignore: tuple[str, ...] = ()
-    ) -> GatedModel:
+    def of(cls, model: PreTrainedModel, criterion: str, ignore: tuple[str, ...] = ()) -> GatedModel:
         """Find the sites of a model. Raises ValueError as `find_sites` and `site_scales` do."""
         sites = find_sites(model, ignore)
         return cls(model, tuple(sites), tuple(site_scales(sites, criterion)))

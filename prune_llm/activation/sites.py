@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prune_llm.activation.levels import ActivationSite
+from prune_llm.activation.levels import ActivationSite, LevelTable
 from prune_llm.architecture import Linear, _decoder_blocks, _linears, matches
 from prune_llm.blocks import _complete, _observe
+from prune_llm.channel_linear import ChannelLinear
 from prune_llm.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
@@ -74,6 +75,25 @@ def find_sites(model: PreTrainedModel, ignore: tuple[str, ...] = ()) -> list[Mod
     return [_site([by_name[name] for name in group]) for group in grouped]
 
 
+def table_sites(model: PreTrainedModel, table: LevelTable) -> list[ModelSite]:
+    """The sites of the table that belongs to a loaded model (`levels.read_table` checks that)."""
+    by_name = {
+        linear.name: (index, linear)
+        for index, linears in enumerate(_linears_by_block(model))
+        for linear in linears
+    }
+    found = []
+    for site in table.sites:
+        missing = [name for name in site.linears if name not in by_name]
+        if missing:
+            raise ValueError(
+                f"activation thresholds in config.json: site {site.name!r} is for {missing[0]}, "
+                "which is no linear of a decoder block; they belong to another model"
+            )
+        found.append(_site([by_name[name] for name in site.linears]))
+    return found
+
+
 def weight_OI(linear: Linear) -> Tensor:
     """The dense weight [O, I] in the module's dtype; a packed one is unpacked."""
     return linear.to_OI(linear.weight.detach())
@@ -88,7 +108,7 @@ def _linears_by_block(model: PreTrainedModel) -> list[list[Linear]]:
         dense = {linear.kind: linear for linear in _linears(block, name)}
         linears = []
         for kind, module in block.named_modules():
-            if isinstance(module, SparseLinear):
+            if isinstance(module, SparseLinear | ChannelLinear):
                 linears.append(Linear(f"{name}.{kind}", kind, module, module.transposed))
             elif kind in dense:
                 linears.append(dense[kind])
@@ -127,7 +147,7 @@ def _site(members: list[tuple[int, Linear]]) -> ModelSite:
 
 def _size(linear: Linear) -> tuple[int, int]:
     """O and I, without unpacking anything."""
-    if isinstance(linear.module, SparseLinear):
+    if isinstance(linear.module, SparseLinear | ChannelLinear):
         return linear.module.out_features, linear.module.in_features
     rows, width = linear.to_OI(linear.weight).shape
     return rows, width

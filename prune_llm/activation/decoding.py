@@ -1,0 +1,119 @@
+"""Levels while decoding: the thresholds a plan reads, a column for each of its rows.
+
+Shape letters: S = sites, B = rows of a plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prune_llm.activation.gates import Gates, channel_scales, weighted_mean
+from prune_llm.activation.levels import DENSE, Level, LevelTable, read_table
+from prune_llm.activation.sites import ModelSite, table_sites
+from prune_llm.channel_linear import use_channels
+from prune_llm_kernels.plan import Gate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EVERY_INPUT = -1.0  # a threshold: see prune_llm_kernels.plan.Gate
+
+
+@dataclass(frozen=True)
+class ModelLevels:
+    """The levels of a loaded model and what it takes to apply them."""
+
+    table: LevelTable
+    sites: tuple[ModelSite, ...]
+    scales: tuple[Tensor | None, ...]
+
+    def gates(self, model: PreTrainedModel, level: str) -> Gates:
+        """Zeros instead of inactive inputs, for models that decode through transformers."""
+        sites = table_sites(model, self.table)  # its modules have changed with their form
+        return Gates(sites, self.scales, self.table.level(level).thresholds, first_dense=0)
+
+
+def model_levels(model: PreTrainedModel) -> ModelLevels | None:
+    """The levels of a loaded model, read once; None where its checkpoint has none.
+
+    Raises:
+        ValueError: the table is damaged or belongs to another model.
+    """
+    known: dict[str, ModelLevels | None] = model.__dict__.setdefault("_prune_llm_levels", {})
+    if "levels" not in known:
+        table = read_table(model)
+        known["levels"] = None
+        if table is not None:
+            sites = tuple(table_sites(model, table))
+            known["levels"] = ModelLevels(table, sites, tuple(channel_scales(model, table)))
+    return known["levels"]
+
+
+def choose_level(model: PreTrainedModel, name: str) -> ModelLevels | None:
+    """Make a model ready to decode at a level. The first that skips anything converts its weights.
+
+    Raises:
+        ValueError: it has no such level; the message lists those it has.
+    """
+    levels = model_levels(model)
+    if levels is None:
+        if name == DENSE:
+            return None
+        raise ValueError(
+            f"level {name!r}: this model has no activation thresholds, only the level {DENSE!r}; "
+            "prune-llm sparsify makes them"
+        )
+    levels.table.level(name)
+    if name != DENSE:
+        use_channels(model, [linear for site in levels.table.sites for linear in site.linears])
+    return levels
+
+
+class PlanGates:
+    """Gates of the sites of a plan with B rows; every row starts at the level "dense"."""
+
+    def __init__(self, levels: ModelLevels, rows: int) -> None:
+        sites = levels.table.sites
+        self._levels = levels
+        self._thresholds_SB = torch.full((len(sites), rows), EVERY_INPUT)
+        self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64)
+        self._site_of = {name: s for s, site in enumerate(sites) for name in site.linears}
+
+    def gate(self, linear: str) -> Gate | None:
+        """Of the site that a linear reads, by its name in the model; None: it has no threshold."""
+        s = self._site_of.get(linear)
+        if s is None:
+            return None
+        return Gate(self._thresholds_SB[s], self._levels.scales[s], self._counts_S3[s])
+
+    def choose(self, row: int, level: Level | None) -> None:
+        """What a row skips from now on; None leaves the row out."""
+        if level is None:
+            self._thresholds_SB[:, row] = torch.inf
+        elif level.name == DENSE:
+            self._thresholds_SB[:, row] = EVERY_INPUT
+        else:
+            self._thresholds_SB[:, row] = torch.tensor(level.thresholds)
+
+    @property
+    def active(self) -> float | None:
+        """Share of the inputs that counted, weighted by the weights they meet; None: no run yet."""
+        return self._share(1, rows=True)
+
+    @property
+    def read(self) -> float | None:
+        """Share of the channels that were read: those that any row of a run counted."""
+        return self._share(0, rows=False)
+
+    def _share(self, column: int, rows: bool) -> float | None:
+        if not bool(self._counts_S3.any()):
+            return None
+        shares = []
+        for site, counts in zip(self._levels.table.sites, self._counts_S3.tolist(), strict=True):
+            runs = counts[2] if rows else counts[2] / self._thresholds_SB.shape[1]
+            shares.append(counts[column] / (site.in_features * runs) if runs else 1.0)
+        return weighted_mean(shares, self._levels.sites)

@@ -1,0 +1,134 @@
+"""The plan of one decode step of a model of Llama's parts, and the buffers it runs through.
+
+Shape letters: B = rows, one new token each; D = hidden size, I = inputs of a linear, H = query
+heads, K = key-value heads, T = positions, R = rotated part of a head, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prune_llm.activation.decoding import PlanGates
+from prune_llm.parts import BlockParts, LinearPart, ModelParts, NormPart
+from prune_llm_kernels import ChannelWeight
+from prune_llm_kernels.kv_cache import KeyValueCache
+from prune_llm_kernels.plan import AttentionStep, Plan, new_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Recording:
+    """Records the step. Before each run fill x_BD; afterwards logits_BV holds the result.
+
+    Args:
+        slots_B, positions_B: int64, read at every run: the cache slot of each row and the position
+            of its new token; -1 leaves the row out.
+        gates: of the plan's rows, for weights in channel-major order; None: nothing is skipped.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        caches: Sequence[KeyValueCache],
+        slots_B: Tensor,
+        positions_B: Tensor,
+        angles: tuple[Tensor, Tensor],
+        gates: PlanGates | None = None,
+    ) -> None:
+        self._rows = len(positions_B)
+        self._dtype = parts.dtype
+        self._positions_B, self._slots_B = positions_B, slots_B
+        self.gates = gates
+        self.plan: Plan = new_plan("cpu", parts.dtype)
+        width = parts.embedding_VD.shape[1]
+        self.x_BD = self._buffer(width)
+        self._normed_BD = self._buffer(width)
+        self.logits_BV = self._buffer(parts.head.out_features)
+        first = parts.blocks[0]
+        self._q_BI, self._out_BI = (self._buffer(first.query.out_features) for _ in range(2))
+        self._k_BI, self._v_BI = (self._buffer(first.key.out_features) for _ in range(2))
+        self._gate_BI, self._up_BI = (self._buffer(first.gate.out_features) for _ in range(2))
+        for block, cache in zip(parts.blocks, caches, strict=True):
+            self._attention(block, cache, angles)
+            self._mlp(block)
+        self._norm(parts.norm, self.x_BD, self._normed_BD)
+        self._linears(self._normed_BD, [parts.head], [self.logits_BV])
+
+    def _buffer(self, width: int) -> Tensor:
+        return torch.zeros(self._rows, width, dtype=self._dtype)
+
+    def _attention(
+        self, block: BlockParts, cache: KeyValueCache, angles: tuple[Tensor, Tensor]
+    ) -> None:
+        size = block.head_size
+        self._norm(block.input_norm, self.x_BD, self._normed_BD)
+        q, k, v = self._q_BI, self._k_BI, self._v_BI
+        self._linears(self._normed_BD, [block.query, block.key, block.value], [q, k, v])
+        q_BHD, k_BKD, v_BKD, out_BHD = (
+            tensor.view(self._rows, -1, size) for tensor in (q, k, v, self._out_BI)
+        )
+        if block.query_norm is not None:
+            self._norm(block.query_norm, q_BHD, q_BHD)
+        if block.key_norm is not None:
+            self._norm(block.key_norm, k_BKD, k_BKD)
+        step = AttentionStep(
+            q_BHD,
+            k_BKD,
+            v_BKD,
+            out_BHD,
+            *angles,
+            cache,
+            self._slots_B,
+            self._positions_B,
+            block.scale,
+            block.window,
+        )
+        self.plan.attention(step)
+        self._linears(self._out_BI, [block.output], [self.x_BD], accumulate=True)
+
+    def _mlp(self, block: BlockParts) -> None:
+        self._norm(block.mlp_norm, self.x_BD, self._normed_BD)
+        gate, up = self._gate_BI, self._up_BI
+        if not self._swiglu(block, gate):
+            self._linears(self._normed_BD, [block.gate, block.up], [gate, up])
+            self.plan.silu_mul(gate, up, gate)
+        self._linears(gate, [block.down], [self.x_BD], accumulate=True)
+
+    def _norm(self, norm: NormPart, x: Tensor, out: Tensor) -> None:
+        self.plan.rms_norm(x, norm.weight, norm.eps, out)
+
+    def _swiglu(self, block: BlockParts, out_BI: Tensor) -> bool:
+        """Gate, up and SiLU in one pass, where both weights are channel-major; whether they are."""
+        gate_weight, up_weight = block.gate.weight, block.up.weight
+        gate = None if self.gates is None else self.gates.gate(block.gate.name)
+        if not (isinstance(gate_weight, ChannelWeight) and isinstance(up_weight, ChannelWeight)):
+            return False
+        if gate is None or gate_weight.tile != up_weight.tile:
+            return False
+        biases = block.gate.bias, block.up.bias
+        self.plan.swiglu(self._normed_BD, (gate_weight, up_weight), biases, out_BI, gate)
+        return True
+
+    def _linears(
+        self, x_BI: Tensor, linears: list[LinearPart], outs: list[Tensor], accumulate: bool = False
+    ) -> None:
+        pairs = list(zip(linears, outs, strict=True))
+        for channels in (True, False):
+            some = [pair for pair in pairs if isinstance(pair[0].weight, ChannelWeight) == channels]
+            if some:
+                weights, biases = [p.weight for p, _ in some], [p.bias for p, _ in some]
+                gate = self.gates.gate(some[0][0].name) if channels and self.gates else None
+                self.plan.linears(x_BI, weights, biases, [out for _, out in some], accumulate, gate)
+
+
+def rotary_angles(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, R] of every position, float32, as the model makes them."""
+    with torch.no_grad():
+        like = torch.zeros(1, 1, 1)
+        cosine, sine = model.base_model.rotary_emb(like, torch.arange(positions)[None])
+    return cosine[0].float().contiguous(), sine[0].float().contiguous()
