@@ -62,9 +62,7 @@ class GatedModel:
     _kept: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, model: PreTrainedModel, criterion: str, ignore: tuple[str, ...] = ()
-    ) -> GatedModel:
+    def of(cls, model: PreTrainedModel, criterion: str, ignore: tuple[str, ...] = ()) -> GatedModel:
         """Find the sites of a model. Raises ValueError as `find_sites` and `site_scales` do."""
         sites = find_sites(model, ignore)
         return cls(model, tuple(sites), tuple(site_scales(sites, criterion)))
@@ -140,7 +138,8 @@ class GatedModel:
     def _batches(self, windows_ST: Tensor) -> tuple[Tensor, ...]:
         seq_len = windows_ST.shape[1]
         fit = min(BATCH_TOKENS // seq_len, LOGITS // (seq_len * self._vocabulary))
-        return windows_ST.split(max(1, fit))
+        batches: tuple[Tensor, ...] = windows_ST.split(max(1, fit))
+        return batches
 
     def batches(self, windows_ST: Tensor) -> int:
         """How many times one pass over the windows ticks."""

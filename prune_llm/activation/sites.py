@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prune_llm.activation.levels import ActivationSite
+from prune_llm.activation.levels import ActivationSite, LevelTable
 from prune_llm.architecture import Linear, _decoder_blocks, _linears, matches
 from prune_llm.blocks import _complete, _observe
 from prune_llm.sparse_linear import SparseLinear
@@ -72,6 +72,25 @@ def find_sites(model: PreTrainedModel, ignore: tuple[str, ...] = ()) -> list[Mod
     _check_reads(grouped, names)
     by_name = {linear.name: (index, linear) for index, linear in kept}
     return [_site([by_name[name] for name in group]) for group in grouped]
+
+
+def table_sites(model: PreTrainedModel, table: LevelTable) -> list[ModelSite]:
+    """The sites of the table that belongs to a loaded model (`levels.read_table` checks that)."""
+    by_name = {
+        linear.name: (index, linear)
+        for index, linears in enumerate(_linears_by_block(model))
+        for linear in linears
+    }
+    found = []
+    for site in table.sites:
+        missing = [name for name in site.linears if name not in by_name]
+        if missing:
+            raise ValueError(
+                f"activation thresholds in config.json: site {site.name!r} is for {missing[0]}, "
+                "which is no linear of a decoder block; they belong to another model"
+            )
+        found.append(_site([by_name[name] for name in site.linears]))
+    return found
 
 
 def weight_OI(linear: Linear) -> Tensor:

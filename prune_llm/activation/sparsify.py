@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from prune_llm.activation.allocation import ALLOCATIONS
 from prune_llm.activation.copying import copy_weights, write_table
 from prune_llm.activation.curve import Curve, Task
@@ -180,12 +178,10 @@ class _Run:
     gated: GatedModel
     texts: Texts
     on_progress: OnProgress | None
-    phase: Progress = Progress("loading", 0, None)  # noqa: RUF009
+    phase: Progress = Progress("loading", 0, None)
 
     @classmethod
-    def start(
-        cls, directory: Path, config: SparsifyConfig, on_progress: OnProgress | None
-    ) -> _Run:
+    def start(cls, directory: Path, config: SparsifyConfig, on_progress: OnProgress | None) -> _Run:
         model = _load(directory, config)
         context = text_width(model)
         check_seq_len(config.seq_len, context)
@@ -252,17 +248,13 @@ class _Run:
         self._begin(f"allocation {self.config.allocation}", None)
         return ALLOCATIONS[self.config.allocation](self._task(quantiles, targets))
 
-    def _realised(
-        self, name: str, quantiles: Quantiles, curve: Curve
-    ) -> Callable[[float], float]:
+    def _realised(self, name: str, quantiles: Quantiles, curve: Curve) -> Callable[[float], float]:
         def realised(planned: float) -> float:
             return self._search(name, quantiles.thresholds(curve.at(planned))).sparsity
 
         return realised
 
-    def _increase(
-        self, name: str, quantiles: Quantiles, curve: Curve
-    ) -> Callable[[float], float]:
+    def _increase(self, name: str, quantiles: Quantiles, curve: Curve) -> Callable[[float], float]:
         dense = self._search(name, self.gated.dense).nll
 
         def increase(planned: float) -> float:
