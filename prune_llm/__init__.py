@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from prune_llm.activation.sparsify import SparsifyConfig as SparsifyConfig
+from prune_llm.activation.sparsify import sparsify as sparsify
 from prune_llm.convert import export as export
 from prune_llm.convert import info as info
 from prune_llm.masks import Pattern as Pattern

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from prune_llm import __version__
+from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_tables import print_info, print_prune_report, print_quality
 from prune_llm.methods import METHODS
 from prune_llm.prune import FORMATS, Progress, PruneConfig, prune
@@ -131,6 +132,9 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
+main.add_command(sparsify_command)
+
+
 @main.command("eval")
 @click.argument("model")
 @click.option("--against", help="The dense model to compare with.")
@@ -140,6 +144,13 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 @click.option("--windows", type=int, help="Score only the first so many windows.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, ...")
+@click.option("--level", "levels", multiple=True, help="Activation level of MODEL; repeatable.")
+@click.option(
+    "--protocol",
+    default="all-sparse",
+    show_default=True,
+    help="How levels are scored: all-sparse, or first-half-dense as in the papers.",
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
 def eval_command(model: str, against: str | None, json_file: str | None, **options: Any) -> None:
     """Token perplexity of MODEL on a text, and its KL to the dense model."""
@@ -149,6 +160,8 @@ def eval_command(model: str, against: str | None, json_file: str | None, **optio
     with eval_bar() as show:
         rows = evaluate(model, against, EvalConfig(**options), show)
     print_quality(console, rows)
+    if options["protocol"] != "all-sparse":
+        console.print(f"protocol {options['protocol']}: only the second half of a window is scored")
     if json_file is not None:
         Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -20,6 +20,7 @@ KIND_COLUMNS = ("linears", "n", "asked", "achieved", "error", "solving", "before
 
 INFO_COLUMNS = ("linears", "n", "packed", "weights", "sparsity", "dense", "on disk")
 QUALITY_COLUMNS = ("model", "token_ppl", "nats/token", "KL", "flipped", "zeros", "on disk")
+LEVEL_COLUMNS = ("model", "token_ppl", "change", "KL", "flipped", "zeros", "skipped")
 
 
 def new_table(title: str, columns: tuple[str, ...]) -> Table:
@@ -120,18 +121,33 @@ def _info_cells(kind: KindInfo) -> list[str]:
 
 def print_quality(console: Console, rows: list[ModelQuality]) -> None:
     first = rows[0].quality
+    levels = any(row.skipped is not None for row in rows)
     table = new_table(
         f"{first.tokens} predicted tokens in {first.windows} windows of {first.seq_len}",
-        QUALITY_COLUMNS,
+        LEVEL_COLUMNS if levels else QUALITY_COLUMNS,
     )
     for row in rows:
-        table.add_row(*_quality_cells(row))
+        table.add_row(*(_level_cells(row, rows[0]) if levels else _quality_cells(row)))
     console.print(table)
     console.print(
-        "nats/token: mean ± standard error; KL: from the first model, nats per token; flipped: "
-        "tokens whose likeliest continuation changed; zeros: in all linears of the blocks",
+        ("" if levels else "nats/token: mean ± standard error; ")
+        + "KL: from the first model, nats per token; flipped: "
+        "tokens whose likeliest continuation changed; zeros: in all linears of the blocks"
+        + (
+            "; change: of the perplexity, from the first model; skipped: realised activation "
+            "sparsity, weighted by the weights it spares"
+            if levels
+            else ""
+        ),
         soft_wrap=True,
     )
+
+
+def _level_cells(row: ModelQuality, first: ModelQuality) -> list[str]:
+    cells = _quality_cells(row)
+    change = row.quality.token_ppl / first.quality.token_ppl - 1
+    skipped = "-" if row.skipped is None else f"{row.skipped:.2%}"
+    return [*cells[:2], f"{change:+.2%}", *cells[3:6], skipped]
 
 
 def _quality_cells(row: ModelQuality) -> list[str]:

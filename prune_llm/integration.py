@@ -138,9 +138,10 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         tensors: dict[str, StoredTensor] = {}
         for file in checkpoint_files:
             tensors |= {tensor.name: tensor for tensor in read_header(Path(file))}
-        packed, _plain = split_packed(tensors, self.quantization_config.form)
-        if any(without_index(name) != name for name in packed):
-            unfuse(model)  # experts are stored, and stay, a matrix each
+        form = self.quantization_config.form
+        packed, _plain = split_packed(tensors, form)
+        if form.activation or any(without_index(name) != name for name in packed):
+            unfuse(model)  # experts are stored, and stay, a matrix each; so are their thresholds
         state = model.state_dict(keep_vars=True)
         for weight in packed.values():
             name = _memory_name(model, weight.name, state)

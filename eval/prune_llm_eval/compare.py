@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from prune_llm.activation.gates import FirstDense, Gates, channel_scales
+from prune_llm.activation.levels import read_table
+from prune_llm.activation.sites import table_sites
 from prune_llm.architecture import RUN_DTYPES, block_linears
 from prune_llm.calibration import (
     BUNDLED,
@@ -30,11 +34,21 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, int, int], None]
 BUNDLED_STORIES = 400
+# all-sparse: every token after the first of a window is sparse and scored. first-half-dense: the
+# first half of a window is dense and not scored, as the papers on activation sparsity do it; they
+# read dense what a deployed model has read sparse, so their figures are better.
+PROTOCOLS: dict[str, FirstDense] = {"all-sparse": 1, "first-half-dense": "half"}
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to score on and how; ``windows`` None scores the whole text."""
+    """What to score on and how.
+
+    Attributes:
+        windows: only the first so many; None scores the whole text.
+        levels: of the last model, a row each; "dense" needs none.
+        protocol: how levels are scored: one of PROTOCOLS.
+    """
 
     text: str = BUNDLED
     separator: str | None = None
@@ -42,8 +56,13 @@ class EvalConfig:
     windows: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    levels: tuple[str, ...] = ()
+    protocol: str = "all-sparse"
 
     def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            choices = ", ".join(PROTOCOLS)
+            raise ValueError(f"protocol {self.protocol!r}: unknown; choose one of {choices}")
         if self.dtype not in ("auto", *RUN_DTYPES):
             choices = ", ".join(("auto", *RUN_DTYPES))
             raise ValueError(f"dtype {self.dtype!r}: unknown; choose one of {choices}")
@@ -56,12 +75,16 @@ class EvalConfig:
 @dataclass(frozen=True)
 class ModelQuality:
     """One row: ``zeros`` is the share of exact zeros in the linears of the decoder blocks;
-    ``nbytes`` is the size of the checkpoint's tensors on disk."""
+    ``nbytes`` is the size of the checkpoint's tensors on disk; ``skipped`` the share of inputs that
+    a level skipped, weighted by the weights they meet, and ``site_sparsity`` the same by site, None
+    and empty for the dense level."""
 
     name: str
     quality: Quality
     zeros: float
     nbytes: int
+    skipped: float | None = None
+    site_sparsity: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -78,7 +101,10 @@ def evaluate(
 def evaluate_all(
     models: list[str], config: EvalConfig, on_progress: OnProgress
 ) -> list[ModelQuality]:
-    """Score several models on one text; the first of several is the dense one."""
+    """Score several models on one text, the last at the dense level and at ``config.levels``.
+
+    The first of several rows is the dense one.
+    """
     checkpoints = [open_stored(model) for model in models]
     windows_ST = _windows(checkpoints[0], config)
     for model, checkpoint in zip(models[1:], checkpoints[1:], strict=True):
@@ -89,18 +115,52 @@ def evaluate_all(
             )
     device = select_device(config.device)
     loaded = [_load(checkpoint, config.dtype, device) for checkpoint in checkpoints]
+    gates = _gates(loaded[-1], models[-1], config)
+    context = windows_ST.shape[1] // 2 if config.protocol == "first-half-dense" else 1
     qualities = compare(
-        loaded,
+        [*loaded, *[loaded[-1]] * len(gates)],
         windows_ST,
-        against_first=len(models) > 1,
+        against_first=len(models) + len(gates) > 1,
         on_window=lambda done, total: on_progress("scoring", done, total),
+        gates=[*[nullcontext()] * len(models), *gates],
+        context=context,
     )
-    return [
+    rows = [
         ModelQuality(name, quality, zeros_share(net), checkpoint.nbytes)
         for name, quality, net, checkpoint in zip(
-            models, qualities, loaded, checkpoints, strict=True
+            models, qualities[: len(models)], loaded, checkpoints, strict=True
         )
     ]
+    levels = zip(config.levels, qualities[len(models) :], gates, strict=True)
+    return rows + [_level_row(rows[-1], *level) for level in levels]
+
+
+def _gates(model: PreTrainedModel, name: str, config: EvalConfig) -> list[Gates]:
+    """One for each level. ValueError, listing those there are, for one that does not exist."""
+    if not config.levels:
+        return []
+    table = read_table(model)
+    if table is None:
+        raise ValueError(
+            f"level {config.levels[0]!r}: {name!r} has no activation levels; "
+            "prune-llm sparsify makes them"
+        )
+    sites, scales = table_sites(model, table), channel_scales(model, table)
+    first_dense = PROTOCOLS[config.protocol]
+    return [
+        Gates(sites, scales, table.level(level).thresholds, first_dense) for level in config.levels
+    ]
+
+
+def _level_row(dense: ModelQuality, level: str, quality: Quality, gates: Gates) -> ModelQuality:
+    names = [site.name for site in gates.sites]
+    return replace(
+        dense,
+        name=f"level {level}",
+        quality=quality,
+        skipped=gates.sparsity,
+        site_sparsity=dict(zip(names, gates.site_sparsity, strict=True)),
+    )
 
 
 def _windows(checkpoint: SparseCheckpoint, config: EvalConfig) -> Tensor:

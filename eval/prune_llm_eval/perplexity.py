@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,19 +61,26 @@ def compare(
     *,
     against_first: bool,
     on_window: OnWindow | None = None,
+    gates: Sequence[AbstractContextManager[object]] | None = None,
+    context: int = 1,
 ) -> list[Quality]:
     """Score several models on windows of token ids int64 [S, T] in one pass.
 
-    ``against_first``: the first model is the dense one; KL and flips of the others refer to it.
+    Args:
+        against_first: the first model is the dense one; KL and flips of the others refer to it.
+        gates: entered around each model's runs, one each; the models may then be one and the same.
+        context: so many tokens at the start of a window are read and not scored.
     """
+    gates = gates or [nullcontext()] * len(models)
     scores: list[list[_Score]] = [[] for _ in models]
     vocabulary = models[0].config.get_text_config(decoder=True).vocab_size
     batch_size = max(1, LOGITS // (windows_ST.shape[1] * vocabulary))
     for ids_BT in windows_ST.split(batch_size):
         dense_BTV: Tensor | None = None
-        for model, own in zip(models, scores, strict=True):
-            logits_BTV = _logits(model, ids_BT)
-            own += _scores(logits_BTV, dense_BTV, ids_BT[:, 1:].to(logits_BTV.device))
+        for model, gate, own in zip(models, gates, scores, strict=True):
+            with gate:
+                logits_BTV = _logits(model, ids_BT, context)
+            own += _scores(logits_BTV, dense_BTV, ids_BT[:, context:].to(logits_BTV.device))
             if against_first and dense_BTV is None:
                 dense_BTV = logits_BTV
         if on_window is not None:
@@ -84,10 +92,10 @@ def compare(
 LOGITS = 1 << 23
 
 
-def _logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Predictions of tokens 1 to T - 1, float32 [B, T - 1, V]."""
+def _logits(model: PreTrainedModel, ids_BT: Tensor, context: int) -> Tensor:
+    """Predictions of tokens ``context`` to T - 1, float32 [B, T - context, V]."""
     logits: Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
-    return logits[:, :-1].float()
+    return logits[:, context - 1 : -1].float()
 
 
 @dataclass(frozen=True)

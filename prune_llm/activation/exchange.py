@@ -1,14 +1,23 @@
 """Sparsities across blocks and sites by what they do to the model's output ("global").
 
-Starts from the greedy sparsities and exchanges: one group of sites gives up sparsity that all
-others take over, or the other way round, at the same overall sparsity; an exchange that lowers
-KL(dense || gated) of the model's output is kept. Groups are first the sites of one kind in all
-blocks, then those of one block, then single sites, so that a deep model moves at once as well.
-Steps grow where they helped and shrink where they did not. Nothing is random and every comparison
-is strict: the same model and text give the same sparsities.
+Starts from the greedy sparsities. Minimised is KL(dense || gated) of the output at the same overall
+sparsity, first by balancing, then by exchanging:
 
-Why no gradients: a gate jumps, and so do the gates behind it. Measured on a small model, the
-derivative of the KL with the gates held fixed has little to do with what a changed threshold does.
+Balance: at the best sparsities it costs the same, per weight, to skip a little more at any site.
+What it costs is measured for all sites at once: each of a set of measurements raises half of the
+sites and lowers the others, by the columns of a Hadamard matrix, so that every measurement tells
+something of every site (main effects, as in the design of experiments). Sites that cost more than
+the others then give sparsity to those that cost less.
+
+Exchange: a group of sites gives up sparsity that all others take over, or the other way round; what
+lowers the KL is kept. Groups are the sites of one kind, those of one block, single sites. Steps
+grow where they helped and shrink where they did not.
+
+Nothing is random and every comparison is strict: the same model and text give the same sparsities.
+
+Why no gradients, and no differences site by site: a gate jumps, and so do the gates behind it. On a
+small model the derivative with the gates held fixed said little about a changed threshold, and
+single differences were mostly noise; main effects average it out.
 """
 
 from __future__ import annotations
@@ -17,15 +26,26 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
 from prune_llm.activation.curve import HIGHEST, Curve, Task, units
 from prune_llm.activation.greedy import greedy
 from prune_llm.experts import without_index
 
-# tokens the KL is measured on; measurements for each unit of sites, over all sweeps
+# tokens the KL is measured on
 KL_TOKENS = 8192
-MEASUREMENTS = 12
+# rounds of balancing: how far sparsities are raised and lowered in each
+ROUNDS = (0.06, 0.05, 0.04, 0.03)
+# ln(cost per weight) grows by about so much for 1 of sparsity; lengths of step that are tried
+STEEPNESS = 8.0
+LENGTHS = (0.4, 0.8, 1.2)
+# a site's cost is taken to be within this factor of the average
+TRUST = 5.0
+# measurements for each unit of sites while exchanging
+MEASUREMENTS = 8
 # change of a group's sparsity: at first, at most, and where an exchange is over
-FIRST_STEP, LARGEST_STEP, LAST_STEP = 0.06, 0.15, 0.01
+FIRST_STEP, LARGEST_STEP, LAST_STEP = 0.04, 0.15, 0.01
 GROW, SHRINK = 1.3, 0.5
 # smallest gain in ln KL that counts
 GAIN = 1e-4
@@ -58,7 +78,13 @@ class _Group:
 
 @dataclass
 class _Exchange:
-    """The search for one overall sparsity. ``cost``: of ``shares``, see `_cost`."""
+    """The search for one overall sparsity.
+
+    Attributes:
+        price: d ln KL / d overall sparsity.
+        cost: of ``shares``, see `_cost`.
+        left: measurements that exchanging may still make.
+    """
 
     task: Task
     target: float
@@ -70,27 +96,55 @@ class _Exchange:
 
     @classmethod
     def start(cls, task: Task, target: float, curves: list[Curve]) -> _Exchange:
-        """From the best of the curves. The price of sparsity is its slope there."""
-        search = cls(task, target, 0.0, [])
-        kl, sparsity = search._measure(curves[0].at(target))
+        """From the best of the curves. The price of sparsity is the slope of the first."""
+        search = cls(task, target, 0.0, curves[0].at(target))
+        kl, sparsity = search._measure(search.shares)
         less_kl, less = search._measure(curves[0].at(max(target - PRICE_STEP, target / 2)))
         search.price = max(math.log(kl / less_kl) / max(sparsity - less, 1e-6), 0.0)
-        for curve in curves:
-            shares = curve.at(target)
-            cost = search._cost(shares)
-            if cost < search.cost:
-                search.cost, search.shares = cost, shares
+        search._take_best([curve.at(target) for curve in curves])
         search.groups = _groups(task)
         search.left = MEASUREMENTS * len(units(task.gated))
         return search
 
     def run(self) -> list[float]:
-        """Sweep over the groups until no step is worth trying or the measurements are used up."""
+        for change in ROUNDS:
+            self._balance(min(change, self.target / 4))
         while self.left > 0 and any(group.step >= LAST_STEP for group in self.groups):
             for group in self.groups:
                 if self.left > 0 and group.step >= LAST_STEP:
                     self._try(group)
         return self.shares
+
+    def _take_best(self, candidates: list[list[float]]) -> None:
+        for shares in candidates:
+            cost = self._cost(shares)
+            if cost < self.cost - GAIN:
+                self.cost, self.shares = cost, shares
+
+    def _balance(self, change: float) -> None:
+        """One round: what every unit costs, and a step towards equal costs where that helps."""
+        movable = units(self.task.gated)
+        signs_MU = hadamard(len(movable) + 1)[:, 1 : len(movable) + 1]
+        found = [self._measure(self._raised(movable, change * row)) for row in signs_MU]
+        log_kl_M = torch.tensor([math.log(kl) for kl, _ in found], dtype=torch.float64)
+        realised_M = torch.tensor([sparsity for _, sparsity in found], dtype=torch.float64)
+        # of a unit raised by 1: what it adds to ln KL, and to the overall sparsity
+        cost_U = signs_MU.T @ log_kl_M / (len(found) * change)
+        gain_U = signs_MU.T @ realised_M / (len(found) * change)
+        if not (cost_U.sum() > 0 and gain_U.sum() > 0):
+            return  # so little sparsity that it costs nothing that could be measured
+        self.price = float(cost_U.sum() / gain_U.sum())
+        excess_U = (cost_U / (gain_U.clamp(min=1e-9) * self.price)).clamp(1 / TRUST, TRUST).log()
+        steps = [length / STEEPNESS * excess_U for length in LENGTHS]
+        self._take_best([self._at_target(self._raised(movable, -step)) for step in steps])
+
+    def _raised(self, movable: list[list[int]], change_U: Tensor) -> list[float]:
+        """The sparsities with each unit's changed."""
+        shares = list(self.shares)
+        for unit, change in zip(movable, change_U.tolist(), strict=True):
+            for index in unit:
+                shares[index] = min(max(shares[index] + change, 0.0), HIGHEST)
+        return shares
 
     def _try(self, group: _Group) -> None:
         for sign in (group.sign, -group.sign):
@@ -104,9 +158,13 @@ class _Exchange:
         group.step *= SHRINK
 
     def _moved(self, chosen: frozenset[int], change: float) -> list[float]:
-        """The chosen sites changed, and all shifted alike until the weighted mean is right."""
+        """The chosen sites changed, the others shifted for it."""
         moved = [s + change if i in chosen else s for i, s in enumerate(self.shares)]
-        moved = [min(max(s, 0.0), HIGHEST) for s in moved]
+        return self._at_target(moved)
+
+    def _at_target(self, shares: list[float]) -> list[float]:
+        """All shifted alike until the weighted mean is the target."""
+        moved = [min(max(s, 0.0), HIGHEST) for s in shares]
         for _ in range(50):
             missing = self.target - self.task.gated.mean(moved)
             if abs(missing) < 1e-9:
@@ -123,6 +181,14 @@ class _Exchange:
         task = self.task
         measured = task.gated.measure(task.windows_ST, task.quantiles.thresholds(shares))
         return max(measured.kl, 1e-12), measured.sparsity
+
+
+def hadamard(least: int) -> Tensor:
+    """Orthogonal columns of +1 and -1, the first all +1, float64 [M, M]; M a power of two."""
+    matrix_MM = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix_MM) < least:
+        matrix_MM = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), matrix_MM)
+    return matrix_MM
 
 
 def _groups(task: Task) -> list[_Group]:

@@ -138,7 +138,8 @@ class GatedModel:
     def _batches(self, windows_ST: Tensor) -> tuple[Tensor, ...]:
         seq_len = windows_ST.shape[1]
         fit = min(BATCH_TOKENS // seq_len, LOGITS // (seq_len * self._vocabulary))
-        return windows_ST.split(max(1, fit))
+        batches: tuple[Tensor, ...] = windows_ST.split(max(1, fit))
+        return batches
 
     def batches(self, windows_ST: Tensor) -> int:
         """How many times one pass over the windows ticks."""

@@ -61,7 +61,7 @@ def read_texts(
             f"{LEAST_WINDOWS} are needed; give more text, more --samples or a smaller --seq-len"
         )
     fit, search = int(count * FIT_SHARE), max(1, int(count * SEARCH_SHARE))
-    parts = found.samples_ST.split([fit, search, count - fit - search])
+    fit_ST, search_ST, held_out_ST = found.samples_ST.tensor_split([fit, fit + search])
     other_ST = None
     if held_out is not None:
         other_ST = load_calibration(held_out, tokenizer).samples_ST
@@ -70,12 +70,12 @@ def read_texts(
         "source": found.source,
         "sha256": found.sha256,
         "seq_len": calibration.seq_len,
-        "windows": {"fit": fit, "search": search, "held_out": len(parts[2])},
+        "windows": {"fit": fit, "search": search, "held_out": len(held_out_ST)},
     }
     if held_out is not None and other_ST is not None:
         digest = hashlib.sha256(other_ST.numpy().tobytes()).hexdigest()
         source["held_out"] = {"source": held_out.name, "sha256": digest, "windows": len(other_ST)}
-    return Texts(*parts, other_ST, source)
+    return Texts(fit_ST, search_ST, held_out_ST, other_ST, source)
 
 
 def _refuse_overlap(calibration_ST: Tensor, other_ST: Tensor, name: str) -> None:
@@ -92,7 +92,7 @@ def overlap(calibration_ST: Tensor, other_ST: Tensor) -> float:
     run = min(RUN, calibration_ST.shape[1], other_ST.shape[1])
     starts = range(0, other_ST.shape[1] - run + 1, run)
     runs = {row[k : k + run].numpy().tobytes() for row in other_ST for k in starts}
-    common = set()
+    common: set[bytes] = set()
     for row in calibration_ST.numpy():
         found = (row[k : k + run].tobytes() for k in range(len(row) - run + 1))
         common.update(piece for piece in found if piece in runs)
