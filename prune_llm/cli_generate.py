@@ -53,7 +53,7 @@ def _speed(generation: Generation) -> float:
 
 
 def _figures(generation: Generation) -> str:
-    reason = generation.finish_reason
+    reason = str(generation.finish_reason)
     if reason == "length":
         reason += f": no more than {generation.max_tokens} were asked for or fit the context"
     done = generation.statistics

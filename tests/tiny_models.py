@@ -23,20 +23,22 @@ def save_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
 def llama_config(**changes: Any) -> Any:
     from transformers import LlamaConfig
 
-    sizes = {
-        "vocab_size": 264,
-        "hidden_size": 64,
-        "intermediate_size": 100,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.1,
-    }
-    return LlamaConfig(**{**sizes, **changes})
+    return LlamaConfig(**{**SIZES, **changes})
 
 
 def save_model(

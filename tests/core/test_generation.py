@@ -11,24 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import llama_config, save_model
+from tiny_models import SIZES, llama_config, save_model
 
 import prune_llm
 from prune_llm import PruneConfig, prune
 from prune_llm.decoder import PlanDecoder, TransformersDecoder, new_decoder, read_parts, recordable
 from prune_llm.generation import StopWatch, TextWriter, generate, prompt_ids, stream
 from prune_llm.sampling import SamplingParams
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 100,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-}
 
 
 def configs() -> dict[str, Any]:

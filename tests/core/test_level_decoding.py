@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_generation import SIZES
-from tiny_models import llama_config, save_model
+from tiny_models import SIZES, llama_config, save_model
 
 import prune_llm
 from prune_llm import PruneConfig, prune
