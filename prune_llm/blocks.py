@@ -2,6 +2,9 @@
 
 Calibration activations flow through the blocks as the caller left them, so every block is
 calibrated on what the pruned model will really feed it. Only one block holds weights at a time.
+With ``dense_target`` a second stream flows through the blocks as they were: the dense model's. A
+block is then run once more for each of its sites, after the sites before it were pruned, and holds
+its dense weights beside the pruned ones.
 Shape letters: S = samples, T = tokens of one sample, D = hidden size.
 """
 
@@ -10,7 +13,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +27,7 @@ from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
 from prune_llm.experts import with_index, without_index
 from prune_llm.fused_block import FusedBlock, agrees, is_plain_call
+from prune_llm.pairing import Read, Routing, paired_rows
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
@@ -92,6 +97,7 @@ class Walk:
             methods that need no data.
         select: which linears of a block are to be pruned.
         tick: told after every batch: the block's index and what is being done.
+        dense_target: keep the dense model's stream as well.
     """
 
     def __init__(
@@ -105,7 +111,9 @@ class Walk:
         dtype: torch.dtype,
         batch_size: int,
         tick: Tick,
+        dense_target: bool = False,
     ) -> None:
+        self._dense_target = dense_target
         self.architecture, self.checkpoint = architecture, checkpoint
         self.device, self.dtype = device, dtype
         self._select, self._tick = select, tick
@@ -117,15 +125,19 @@ class Walk:
     def __iter__(self) -> Iterator[Block]:
         blocks = self.architecture.blocks
         stream = self._start() if self._batches else None
+        dense = None
+        if stream is not None and self._dense_target:
+            dense = Stream(list(stream.batches), stream.calls)
         for index in range(len(blocks)):
             self.load(index)
             if stream is not None:
                 self._choose(index, stream)
             linears = self._select(self.architecture.linears(index))
-            block = Block(self, index, linears, stream)
+            block = Block(self, index, linears, stream, dense)
             yield block
             if stream is not None and index + 1 < len(blocks):
                 block.propagate()
+            block.close()
             self.release(index)
 
     # -- weights in and out ------------------------------------------------------------------
@@ -284,15 +296,23 @@ class Walk:
 
 
 class Block:
-    """The resident decoder block. Prune it through `collect` and `assign`."""
+    """The resident decoder block. Prune it through `statistics` and `assign`."""
 
     def __init__(
-        self, walk: Walk, index: int, linears: list[Linear], stream: Stream | None
+        self,
+        walk: Walk,
+        index: int,
+        linears: list[Linear],
+        stream: Stream | None,
+        dense: Stream | None = None,
     ) -> None:
         self.index = index
         self.name = walk.architecture.block_name(index)
         self.linears = linears
-        self._walk, self._stream = walk, stream
+        self._walk, self._stream, self._dense = walk, stream, dense
+        self._module = walk.architecture.blocks[index]
+        self._dense_weights = [] if dense is None else [linear.module.weight for linear in linears]
+        self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The dense weight, float32 [O, I] on the device, at the precision it is stored in."""
@@ -307,34 +327,108 @@ class Block:
         weight = stored.to(self._walk.device, self._walk.dtype)
         linear.module.weight = nn.Parameter(weight, requires_grad=False)
 
+    def statistics(self, needs: Needs) -> Iterator[tuple[Site, InputStatistics | None]]:
+        """Each site with its statistics, which are freed with it.
+
+        With a dense target a site is measured when the sites before it have been assigned, so that
+        it can undo what they broke.
+        """
+        stages = [None] if self._dense is None else _stages(self._sites())
+        self._passes = len(stages)
+        for stage in stages:
+            collected = self.collect(needs, stage)
+            for site in list(collected):
+                yield site, collected.pop(site)
+
     @torch.no_grad()
-    def collect(self, needs: Needs) -> dict[Site, InputStatistics | None]:
-        """Statistics of each site over all calibration samples, in one pass."""
+    def collect(
+        self, needs: Needs, stage: list[Site] | None = None
+    ) -> dict[Site, InputStatistics | None]:
+        """Statistics of each site (of a stage) over all calibration samples, in one pass."""
         if self._stream is None:
             return {Site((linear,)): None for linear in self.linears}
-        sites = self._walk.sites(self.index, self.linears, lambda: self._run(0))
-        statistics = {
-            site: InputStatistics(_width(site), self._walk.device, needs) for site in sites
-        }
-        sample = -(-ERROR_TOKENS // len(self._stream.batches))
-        waiting: set[Site] = set()
-        handles = [
-            site.linears[0].module.register_forward_pre_hook(
-                _updater(site, statistics[site], sample, waiting)
-            )
-            for site in sites
-        ]
-        try:
-            for number in range(len(self._stream.batches)):
-                waiting.update(sites)
-                self._run(number)
+        sites = self._sites() if stage is None else stage
+        device, dense = self._walk.device, self._dense is not None
+        statistics = {site: InputStatistics(_width(site), device, needs, dense) for site in sites}
+        for number in range(len(self._stream.batches)):
+            self._collect_batch(number, statistics)
+            self._ran += 1
+            if self._ran % self._passes == 0:
                 self._walk.tick(self.index, "calibrating")
-        finally:
-            for handle in handles:
-                handle.remove()
         for site in sites:
             self._finish(site, statistics[site])
         return dict(statistics)
+
+    def _collect_batch(self, number: int, statistics: dict[Site, InputStatistics]) -> None:
+        assert self._stream is not None
+        sample = -(-ERROR_TOKENS // len(self._stream.batches))
+        if self._dense is not None:
+            self._collect_pairs(number, statistics, sample)
+            return
+
+        def add(site: Site, x: Tensor) -> None:
+            statistics[site].update(x, sample)
+
+        self._visit(self._stream, number, statistics, add)
+
+    def _collect_pairs(
+        self, number: int, statistics: dict[Site, InputStatistics], sample: int
+    ) -> None:
+        """One batch through the dense block, then through the block as it is now."""
+        assert self._stream is not None and self._dense is not None
+        tokens = self._stream.batches[number][..., 0].numel()
+        dense: dict[Site, Read] = {}
+
+        def keep(site: Site, x: Tensor) -> None:
+            dense[site] = routing.read(site.linears[0].kind, x.clone(), tokens)
+
+        def add(site: Site, x: Tensor) -> None:
+            ours = routing.read(site.linears[0].kind, x, tokens)
+            rows_TI, paired = paired_rows(ours, dense.get(site))
+            statistics[site].update_pair(ours.x_TI, rows_TI, paired, sample)
+
+        with Routing(self._module).watched() as routing:
+            with self._as_dense():
+                self._visit(self._dense, number, statistics, keep)
+            self._visit(self._stream, number, statistics, add)
+
+    def _visit(
+        self,
+        stream: Stream,
+        number: int,
+        sites: Iterable[Site],
+        visit: Callable[[Site, Tensor], None],
+    ) -> None:
+        """Run one batch and show what each site reads; it ends when all have been visited."""
+        waiting = set(sites)
+        handles = [
+            site.linears[0].module.register_forward_pre_hook(_visitor(site, visit, waiting))
+            for site in sites
+        ]
+        try:
+            self._run(number, stream)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _as_dense(self) -> Iterator[None]:
+        """The block as it was before anything was assigned."""
+        pruned = [linear.module.weight for linear in self.linears]
+        try:
+            for linear, weight in zip(self.linears, self._dense_weights, strict=True):
+                linear.module.weight = weight
+            yield
+        finally:
+            for linear, weight in zip(self.linears, pruned, strict=True):
+                linear.module.weight = weight
+
+    def _sites(self) -> list[Site]:
+        return self._walk.sites(self.index, self.linears, self._first_batch)
+
+    def _first_batch(self) -> None:
+        assert self._stream is not None
+        self._run(0, self._stream)
 
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
         statistics.finish()
@@ -346,22 +440,31 @@ class Block:
 
     @torch.no_grad()
     def propagate(self) -> None:
-        """Replace the stream by this block's outputs."""
+        """Replace the streams by this block's outputs."""
         assert self._stream is not None
         for number in range(len(self._stream.batches)):
-            output = self._run(number)
-            hidden_STD = output[0] if isinstance(output, tuple) else output
-            self._stream.batches[number] = hidden_STD.cpu()
+            self._advance(number, self._stream)
+            if self._dense is not None:
+                with self._as_dense():
+                    self._advance(number, self._dense)
             self._walk.tick(self.index, "running the pruned block")
 
-    def _run(self, number: int) -> Any:
-        assert self._stream is not None
-        hidden_STD = self._stream.batches[number].to(self._walk.device)
-        call = self._stream.calls[len(hidden_STD)][self.index]
+    def _advance(self, number: int, stream: Stream) -> None:
+        output = self._run(number, stream)
+        hidden_STD = output[0] if isinstance(output, tuple) else output
+        stream.batches[number] = hidden_STD.cpu()
+
+    def _run(self, number: int, stream: Stream) -> Any:
+        hidden_STD = stream.batches[number].to(self._walk.device)
+        call = stream.calls[len(hidden_STD)][self.index]
         try:
             return self._walk.run(self.index, hidden_STD, call)
         except _Captured:
             return None
+
+    def close(self) -> None:
+        """Let go of the dense weights, before the next block is read."""
+        self._dense_weights.clear()
 
 
 def _width(site: Site) -> int:
@@ -369,18 +472,27 @@ def _width(site: Site) -> int:
     return int(linear.to_OI(linear.weight).shape[1])
 
 
-def _updater(
-    site: Site, statistics: InputStatistics, sample: int, waiting: set[Site]
+def _visitor(
+    site: Site, visit: Callable[[Site, Tensor], None], waiting: set[Site]
 ) -> Callable[..., None]:
-    """A hook that adds a linear's input; when no site waits any more it ends the pass."""
+    """A hook that shows a linear's input; when no site waits any more it ends the pass."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics.update(args[0], sample)
+        visit(site, args[0])
         waiting.discard(site)
         if not waiting:
             raise _Captured
 
     return hook
+
+
+def _stages(sites: list[Site]) -> list[list[Site]]:
+    """Sites in the order they are read; those of the experts of a block, alike, go together."""
+    stages: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites:
+        alike = tuple(without_index(linear.kind) for linear in site.linears)
+        stages.setdefault(alike, []).append(site)
+    return list(stages.values()) or [[]]
 
 
 def _complete(grouped: list[tuple[str, ...]], kinds: tuple[str, ...]) -> list[tuple[str, ...]]:

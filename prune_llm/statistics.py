@@ -31,13 +31,18 @@ class InputStatistics:
         square_sum_I: sum over tokens of x_i^2, float32 [I]; float64 until `finish`.
         sample_TI: a few evenly spaced tokens, in the model's dtype, on which the layer error is
             measured (a few hundred give it to some per cent, at a hundredth of the Gram's cost).
+        paired: of the tokens, those whose input in the dense model is known.
     """
 
-    def __init__(self, width: int, device: torch.device, needs: Needs) -> None:
-        self.tokens = 0
+    def __init__(
+        self, width: int, device: torch.device, needs: Needs, dense_target: bool = False
+    ) -> None:
+        self.tokens = self.paired = 0
         self.square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self._gram = _GramSum(width, device) if needs >= Needs.GRAM else None
+        self._difference_II = torch.zeros(width, width, device=device) if dense_target else None
         self._samples: list[Tensor] = []
+        self._dense_samples: list[Tensor] = []
 
     def update(self, x_TI: Tensor, sample: int = 0) -> None:
         """Add T tokens; ``sample`` of them, evenly spaced, are kept for the layer error."""
@@ -51,8 +56,18 @@ class InputStatistics:
             # on a CPU seven times faster than vector_norm over columns
             self.square_sum_I += x_TI.to(torch.float32, copy=True).square_().sum(dim=0)
         if sample > 0:
-            stride = max(1, x_TI.shape[0] // sample)
-            self._samples.append(x_TI[::stride][:sample].clone())
+            self._samples.append(_spaced(x_TI, sample))
+
+    def update_pair(self, x_TI: Tensor, dense_TI: Tensor, paired: int, sample: int = 0) -> None:
+        """Add T tokens and what the dense model has in their place; ``paired`` of them are its."""
+        assert self._difference_II is not None
+        self.update(x_TI, sample)
+        self.paired += paired
+        if sample > 0:
+            self._dense_samples.append(_spaced(dense_TI, sample))
+        if paired > 0:
+            x_TI = x_TI.float()
+            self._difference_II.addmm_((dense_TI.float() - x_TI).T, x_TI)
 
     def finish(self) -> None:
         """Call once after the last update; afterwards `gram_II` and `square_sum_I` are final."""
@@ -69,8 +84,19 @@ class InputStatistics:
         return self._gram.sum_II
 
     @property
+    def difference_II(self) -> Tensor:
+        """sum over tokens of (x~ - x) x^T with x~ of the dense model, float32 [I, I]."""
+        assert self._difference_II is not None, "calibration ran without the dense model"
+        return self._difference_II
+
+    @property
     def sample_TI(self) -> Tensor:
         return torch.cat(self._samples)
+
+    @property
+    def dense_sample_TI(self) -> Tensor:
+        """What the dense model reads for the tokens of `sample_TI`; the same without it."""
+        return torch.cat(self._dense_samples) if self._dense_samples else self.sample_TI
 
     def norms_I(self) -> Tensor:
         """Root mean square over sequences up to a constant: ||X_i||_2, float32 [I] (Wanda)."""
@@ -79,6 +105,7 @@ class InputStatistics:
     def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError | None:
         """||(W - W') X||_F^2 / ||W X||_F^2 over the sampled tokens.
 
+        With a dense target ||W X~ - W' X||_F^2 / ||W X~||_F^2, X~ what the dense model reads.
         Products in the dtype of the tokens: bfloat16 rounds each to 0.4 %, far below the sample's
         own error. None where no token was seen.
         """
@@ -87,9 +114,12 @@ class InputStatistics:
         x_TI = self.sample_TI
         if x_TI.dtype != torch.bfloat16:
             x_TI = x_TI.float()
-        lost = _square_sum(x_TI @ (weight_OI - pruned_OI).T.to(x_TI.dtype))
-        whole = _square_sum(x_TI @ weight_OI.T.to(x_TI.dtype))
-        return LayerError(lost / whole if whole > 0 else 0.0, x_TI.shape[0])
+        dense_TI = self.dense_sample_TI.to(x_TI.dtype)
+        lost_TO = x_TI @ (weight_OI - pruned_OI).T.to(x_TI.dtype)
+        if self._dense_samples:
+            lost_TO += (dense_TI - x_TI) @ weight_OI.T.to(x_TI.dtype)
+        whole = _square_sum(dense_TI @ weight_OI.T.to(x_TI.dtype))
+        return LayerError(_square_sum(lost_TO) / whole if whole > 0 else 0.0, x_TI.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +128,11 @@ class LayerError:
 
     value: float
     tokens: int
+
+
+def _spaced(x_TI: Tensor, count: int) -> Tensor:
+    stride = max(1, x_TI.shape[0] // count)
+    return x_TI[::stride][:count].clone()
 
 
 def _square_sum(y: Tensor) -> float:
