@@ -3,15 +3,13 @@
 Calibration activations flow through the blocks as the caller left them, so every block is
 calibrated on what the pruned model will really feed it. Only one block holds weights at a time.
 With ``dense_target`` a second stream flows through the blocks as they were: the dense model's. A
-block is then run once more for each of its sites, after the sites before it were pruned, and holds
-its dense weights beside the pruned ones.
+block is then run once for each of its sites, after the sites before it were pruned, and holds its
+dense weights beside the pruned ones.
 Shape letters: S = samples, T = tokens of one sample, D = hidden size.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +25,8 @@ from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
 from prune_llm.experts import with_index, without_index
 from prune_llm.fused_block import FusedBlock, agrees, is_plain_call
-from prune_llm.pairing import Read, Routing, paired_rows
+from prune_llm.memory import trim_heap
+from prune_llm.pairing import Read, Routing, adds_to_output, paired_rows, silenced
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
@@ -78,6 +77,18 @@ class Site:
         return ",".join(linear.kind for linear in self.linears)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Sites that are pruned together, before those behind them are measured.
+
+    ``silent``: where the output of the stage's one linear is added to the block's hidden states,
+    that linear and all linears behind it. With them silent the block returns what it is added to.
+    """
+
+    sites: tuple[Site, ...]
+    silent: tuple[Linear, ...] = ()
+
+
 @dataclass
 class Stream:
     """Hidden states between two blocks, in batches on the CPU, and how to call each block.
@@ -119,6 +130,7 @@ class Walk:
         self._select, self._tick = select, tick
         self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
         self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        self._adding: dict[tuple[str, ...], set[str]] = {}
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
 
@@ -155,7 +167,7 @@ class Walk:
         """Drop the block's weights and give the memory back to the system."""
         for module in self.architecture.blocks[index].modules():
             _empty_parameters(module)
-        _trim_heap()
+        trim_heap()
 
     def _fill(self, names: list[str]) -> None:
         for name in names:
@@ -181,7 +193,7 @@ class Walk:
                 stream.calls[len(batch)] = self._record(batch, hidden_STD)
         for name in outside:
             _empty_parameters(self.architecture.model.get_submodule(name.rpartition(".")[0]))
-        _trim_heap()
+        trim_heap()
         return stream
 
     def _embed(self, ids_ST: Tensor) -> Tensor:
@@ -267,6 +279,26 @@ class Walk:
                 )
         return [Site(tuple(by_kind[kind] for kind in names)) for names in grouped]
 
+    def stages(self, index: int, sites: list[Site], run: Callable[[], Any]) -> list[Stage]:
+        """In what steps a block is pruned towards the dense model's output.
+
+        Whether a linear's output is added to the hidden states is found by running the block; as
+        blocks with the same linears group alike, the first of each sort is run.
+        """
+        groups = _alike(sites)
+        kinds = tuple(site.name for site in sites)
+        if kinds not in self._adding:
+            self._adding[kinds] = {
+                group[0].name
+                for place, group in enumerate(groups)
+                if _single(group) and adds_to_output(_from(groups, place), lambda: _hidden(run()))
+            }
+        adding = self._adding[kinds]
+        return [
+            Stage(group, _from(groups, place) if group and group[0].name in adding else ())
+            for place, group in enumerate(groups)
+        ]
+
     # -- running a block ----------------------------------------------------------------------
 
     def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
@@ -333,25 +365,31 @@ class Block:
         With a dense target a site is measured when the sites before it have been assigned, so that
         it can undo what they broke.
         """
-        stages = [None] if self._dense is None else _stages(self._sites())
+        stages = [None] if self._dense is None else self._stages()
         self._passes = len(stages)
         for stage in stages:
             collected = self.collect(needs, stage)
             for site in list(collected):
                 yield site, collected.pop(site)
 
+    def _stages(self) -> list[Stage]:
+        return self._walk.stages(self.index, self._sites(), self._first_batch)
+
     @torch.no_grad()
     def collect(
-        self, needs: Needs, stage: list[Site] | None = None
+        self, needs: Needs, stage: Stage | None = None
     ) -> dict[Site, InputStatistics | None]:
         """Statistics of each site (of a stage) over all calibration samples, in one pass."""
         if self._stream is None:
             return {Site((linear,)): None for linear in self.linears}
-        sites = self._sites() if stage is None else stage
+        sites = self._sites() if stage is None else stage.sites
         device, dense = self._walk.device, self._dense is not None
         statistics = {site: InputStatistics(_width(site), device, needs, dense) for site in sites}
         for number in range(len(self._stream.batches)):
-            self._collect_batch(number, statistics)
+            if stage is None:
+                self._collect_batch(number, statistics)
+            else:
+                self._collect_pairs(number, statistics, stage)
             self._ran += 1
             if self._ran % self._passes == 0:
                 self._walk.tick(self.index, "calibrating")
@@ -359,38 +397,48 @@ class Block:
             self._finish(site, statistics[site])
         return dict(statistics)
 
+    @property
+    def _sample(self) -> int:
+        """Tokens of each batch on which the layer error is measured."""
+        assert self._stream is not None
+        return -(-ERROR_TOKENS // len(self._stream.batches))
+
     def _collect_batch(self, number: int, statistics: dict[Site, InputStatistics]) -> None:
         assert self._stream is not None
-        sample = -(-ERROR_TOKENS // len(self._stream.batches))
-        if self._dense is not None:
-            self._collect_pairs(number, statistics, sample)
-            return
 
         def add(site: Site, x: Tensor) -> None:
-            statistics[site].update(x, sample)
+            statistics[site].update(x, self._sample)
 
         self._visit(self._stream, number, statistics, add)
 
     def _collect_pairs(
-        self, number: int, statistics: dict[Site, InputStatistics], sample: int
+        self, number: int, statistics: dict[Site, InputStatistics], stage: Stage
     ) -> None:
         """One batch through the dense block, then through the block as it is now."""
         assert self._stream is not None and self._dense is not None
-        tokens = self._stream.batches[number][..., 0].numel()
-        dense: dict[Site, Read] = {}
+        with Routing(self._module).watched() as routing, silenced(stage.silent):
+            with self._as_dense():
+                dense, dense_rest = self._reads(self._dense, number, stage, routing)
+            ours, rest = self._reads(self._stream, number, stage, routing)
+        shift_TD = None
+        if dense_rest is not None and rest is not None:
+            shift_TD = (dense_rest.float() - rest.float()).flatten(0, -2)
+        for site, read in ours.items():
+            rows_TI, paired = paired_rows(read, dense.get(site))
+            statistics[site].update_pair(read.x_TI, rows_TI, paired, shift_TD, self._sample)
+
+    def _reads(
+        self, stream: Stream, number: int, stage: Stage, routing: Routing
+    ) -> tuple[dict[Site, Read], Tensor | None]:
+        """What the sites of a stage read of a batch, and what its output is added to."""
+        tokens = stream.batches[number][..., 0].numel()
+        reads: dict[Site, Read] = {}
 
         def keep(site: Site, x: Tensor) -> None:
-            dense[site] = routing.read(site.linears[0].kind, x.clone(), tokens)
+            reads[site] = routing.read(site.linears[0].kind, x.clone(), tokens)
 
-        def add(site: Site, x: Tensor) -> None:
-            ours = routing.read(site.linears[0].kind, x, tokens)
-            rows_TI, paired = paired_rows(ours, dense.get(site))
-            statistics[site].update_pair(ours.x_TI, rows_TI, paired, sample)
-
-        with Routing(self._module).watched() as routing:
-            with self._as_dense():
-                self._visit(self._dense, number, statistics, keep)
-            self._visit(self._stream, number, statistics, add)
+        output = self._visit(stream, number, stage.sites, keep, to_the_end=bool(stage.silent))
+        return reads, _hidden(output) if stage.silent else None
 
     def _visit(
         self,
@@ -398,15 +446,16 @@ class Block:
         number: int,
         sites: Iterable[Site],
         visit: Callable[[Site, Tensor], None],
-    ) -> None:
-        """Run one batch and show what each site reads; it ends when all have been visited."""
-        waiting = set(sites)
+        to_the_end: bool = False,
+    ) -> Any:
+        """Run one batch and show what each site reads; stops when all were, unless to the end."""
+        waiting: set[Site | None] = {*sites, None} if to_the_end else {*sites}
         handles = [
             site.linears[0].module.register_forward_pre_hook(_visitor(site, visit, waiting))
             for site in sites
         ]
         try:
-            self._run(number, stream)
+            return self._run(number, stream)
         finally:
             for handle in handles:
                 handle.remove()
@@ -426,9 +475,9 @@ class Block:
     def _sites(self) -> list[Site]:
         return self._walk.sites(self.index, self.linears, self._first_batch)
 
-    def _first_batch(self) -> None:
+    def _first_batch(self) -> Any:
         assert self._stream is not None
-        self._run(0, self._stream)
+        return self._run(0, self._stream)
 
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
         statistics.finish()
@@ -450,9 +499,7 @@ class Block:
             self._walk.tick(self.index, "running the pruned block")
 
     def _advance(self, number: int, stream: Stream) -> None:
-        output = self._run(number, stream)
-        hidden_STD = output[0] if isinstance(output, tuple) else output
-        stream.batches[number] = hidden_STD.cpu()
+        stream.batches[number] = _hidden(self._run(number, stream)).cpu()
 
     def _run(self, number: int, stream: Stream) -> Any:
         hidden_STD = stream.batches[number].to(self._walk.device)
@@ -467,13 +514,18 @@ class Block:
         self._dense_weights.clear()
 
 
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
 def _width(site: Site) -> int:
     linear = site.linears[0]
     return int(linear.to_OI(linear.weight).shape[1])
 
 
 def _visitor(
-    site: Site, visit: Callable[[Site, Tensor], None], waiting: set[Site]
+    site: Site, visit: Callable[[Site, Tensor], None], waiting: set[Site | None]
 ) -> Callable[..., None]:
     """A hook that shows a linear's input; when no site waits any more it ends the pass."""
 
@@ -486,13 +538,22 @@ def _visitor(
     return hook
 
 
-def _stages(sites: list[Site]) -> list[list[Site]]:
-    """Sites in the order they are read; those of the experts of a block, alike, go together."""
-    stages: dict[tuple[str, ...], list[Site]] = {}
+def _alike(sites: list[Site]) -> list[tuple[Site, ...]]:
+    """Sites in the order they are read; those of the experts of a block go together."""
+    groups: dict[tuple[str, ...], list[Site]] = {}
     for site in sites:
         alike = tuple(without_index(linear.kind) for linear in site.linears)
-        stages.setdefault(alike, []).append(site)
-    return list(stages.values()) or [[]]
+        groups.setdefault(alike, []).append(site)
+    return [tuple(group) for group in groups.values()] or [()]
+
+
+def _single(group: tuple[Site, ...]) -> bool:
+    return len(group) == 1 and len(group[0].linears) == 1
+
+
+def _from(groups: list[tuple[Site, ...]], place: int) -> tuple[Linear, ...]:
+    """All linears of a stage and of those behind it."""
+    return tuple(linear for group in groups[place:] for site in group for linear in site.linears)
 
 
 def _complete(grouped: list[tuple[str, ...]], kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -566,31 +627,3 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[leaf] = buffer.to(device)
-
-
-def return_freed_memory() -> None:
-    """Make glibc hand tensors above 8 MB back to the system as soon as they are freed.
-
-    It raises its own limit to 32 MB otherwise and keeps what was freed in fragments, a block's
-    worth and more. Holds for the process; other allocators are left as they are.
-    """
-    mallopt = _libc("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 8 << 20)
-        # what a block's run frees it needs again at once: handing it back costs a fault a page
-        mallopt(M_TRIM_THRESHOLD, 32 << 20)
-
-
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
-
-
-def _trim_heap() -> None:
-    """Hand back what freed blocks left in the heap."""
-    trim = _libc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _libc(function: str) -> Callable[..., int] | None:
-    """A function of glibc; None on other systems."""
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None

@@ -3,11 +3,14 @@
 A pruned model feeds a linear X^, the dense model X~. The dense weights on X^ repeat what earlier
 blocks broke; the weights here undo as much of it as a linear can:
 
-    W~ = argmin ||W X~ - W~ X^||_F^2 + l ||W~ - W||_F^2 = W + W D (H + l I)^-1
-    H = X^ X^T (of the pruned model's inputs),  D = (X~ - X^) X^T = C - H,  C = X~ X^T
+    W~ = argmin ||W X~ + R~ - R^ - W~ X^||_F^2 + l ||W~ - W||_F^2
+       = W + (W D + S) (H + l I)^-1
+    H = X^ X^ ^T,  C = X~ X^ ^T,  D = C - H,  S = (R~ - R^) X^ ^T
 
-These are the normal equations W~ (H + l I) = W (C + l I). The correction is "Quantization Error
-Propagation" (Arai and Ichikawa 2025, arXiv 2504.09629, with alpha = 1); the ridge pulls towards W
+These are the normal equations W~ (H + l I) = W (C + l I) + S. R is what the linear's output is
+added to, the residual stream: attention and MLP write to it, so their last linears can also undo
+the error that it carries. For all others S = 0, and the correction is that of "Quantization Error
+Propagation" (Arai and Ichikawa 2025, arXiv 2504.09629, with alpha = 1). The ridge pulls towards W
 and not towards zero, so that equal inputs change nothing, however large l is.
 """
 
@@ -34,16 +37,20 @@ def aimed_at_dense(
     Raises:
         ValueError: the statistics are not finite, or no damping up to 10 makes H definite.
     """
-    difference_II = statistics.difference_II
-    if not all_finite(difference_II):
+    sums = [statistics.difference_II]
+    if statistics.shift_DI is not None:
+        sums.append(statistics.shift_DI)
+    if not all(all_finite(values) for values in sums):
         raise ValueError("the dense model's calibration activations overflowed; try float32")
-    if not bool(difference_II.any()):
+    if not any(bool(values.any()) for values in sums):
         return weights_OI, ()
     lower_II, used = _factor(statistics.gram_II, damping)
-    difference_II = difference_II.double()
+    sums = [values.double() for values in sums]
     aimed = []
     for weight_OI in weights_OI:
-        right_OI = weight_OI.double() @ difference_II
+        right_OI = weight_OI.double() @ sums[0]
+        if len(sums) > 1:
+            right_OI += sums[1]
         aimed.append((weight_OI + torch.cholesky_solve(right_OI.T, lower_II).T).float())
     raised = f"dense target solved with damping raised from {damping:g} to {used:g}"
     return tuple(aimed), () if used == damping else (raised,)

@@ -1,14 +1,15 @@
-"""Which rows of two passes through a block belong to one token: the dense model's and ours.
+"""Two passes through a block: which rows of the dense model's and of ours belong to one token, and
+what the output of a linear is added to.
 
 A linear outside the experts reads every token in both passes. An expert reads those that the router
 sends it, which may be others in each pass: rows are paired by their token.
-Shape letters: T = tokens a linear reads, I = input features, N = tokens of a batch, k = experts of
-a token.
+Shape letters: T = tokens a linear reads, I = input features, D = hidden size, N = tokens of a
+batch, k = experts of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_llm.architecture import Linear
 from prune_llm.experts import Experts
 
 
@@ -82,3 +84,54 @@ class Routing:
                 expert = int(kind.removeprefix(path + ".").partition(".")[0])
                 return Read(x_TI, torch.where(index_Nk == expert)[0])
         return Read(x_TI, known=len(x_TI) == tokens)
+
+
+@contextmanager
+def silenced(linears: tuple[Linear, ...]) -> Iterator[None]:
+    """These linears answer zeros, and cost nothing."""
+    for linear in linears:
+        linear.module.forward = _zeros(linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.module.forward
+
+
+def _zeros(linear: Linear) -> Callable[[Tensor], Tensor]:
+    outputs = linear.to_OI(linear.weight).shape[0]
+    return lambda x: x.new_zeros(*x.shape[:-1], outputs)
+
+
+# an output that is added to the hidden states is found in them again, up to rounding; it says
+# something where it is larger than that by this factor
+DECISIVE, FOUND_AGAIN = 16, 0.25
+
+
+def adds_to_output(linears: tuple[Linear, ...], run: Callable[[], Tensor]) -> bool:
+    """Whether the first linear's output is added to the hidden states that the block returns.
+
+    All linears behind it are silent, so a sum in the middle of the block counts as well. Not so
+    where its output is scaled, normalised or gated on the way.
+
+    Args:
+        linears: the linear, and all that read their inputs behind it.
+        run: runs the block, and returns its output [.., D].
+    """
+    seen: list[Tensor] = []
+    handle = linears[0].module.register_forward_hook(lambda _m, _args, y: seen.append(y))
+    try:
+        with silenced(linears[1:]):
+            whole = run().float()
+    finally:
+        handle.remove()
+    with silenced(linears):
+        rest = run().float()
+    y = seen[0].float()
+    if y.numel() != whole.numel():
+        return False
+    y = y.reshape(whole.shape)
+    rounding = torch.finfo(seen[0].dtype).eps * (whole.abs() + rest.abs())
+    decisive = y.abs() > DECISIVE * rounding
+    astray = decisive & ((whole - rest - y).abs() > FOUND_AGAIN * y.abs())
+    return bool(decisive.float().mean() > 0.01) and not bool(astray.float().mean() > 1e-4)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_llm import architecture as arch
-from prune_llm.blocks import Block, Walk, return_freed_memory
+from prune_llm.blocks import Block, Walk
 from prune_llm.calibration import (
     BUNDLED,
     Calibration,
@@ -38,6 +38,7 @@ from prune_llm.checkpoint import (
 )
 from prune_llm.dense_target import aimed_at_dense
 from prune_llm.masks import Pattern, Scope, check_keep_mask
+from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS, Method, Problem, Solution
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter

@@ -32,6 +32,8 @@ class InputStatistics:
         sample_TI: a few evenly spaced tokens, in the model's dtype, on which the layer error is
             measured (a few hundred give it to some per cent, at a hundredth of the Gram's cost).
         paired: of the tokens, those whose input in the dense model is known.
+        shift_DI: sum over tokens of (r~ - r) x^T where the linear's output is added to r (r~ in the
+            dense model); None where it is added to nothing.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class InputStatistics:
         self._difference_II = torch.zeros(width, width, device=device) if dense_target else None
         self._samples: list[Tensor] = []
         self._dense_samples: list[Tensor] = []
+        self.shift_DI: Tensor | None = None
+        self._shift_samples: list[Tensor] = []
 
     def update(self, x_TI: Tensor, sample: int = 0) -> None:
         """Add T tokens; ``sample`` of them, evenly spaced, are kept for the layer error."""
@@ -58,16 +62,34 @@ class InputStatistics:
         if sample > 0:
             self._samples.append(_spaced(x_TI, sample))
 
-    def update_pair(self, x_TI: Tensor, dense_TI: Tensor, paired: int, sample: int = 0) -> None:
-        """Add T tokens and what the dense model has in their place; ``paired`` of them are its."""
+    def update_pair(
+        self,
+        x_TI: Tensor,
+        dense_TI: Tensor,
+        paired: int,
+        shift_TD: Tensor | None = None,
+        sample: int = 0,
+    ) -> None:
+        """Add T tokens and what the dense model has in their place.
+
+        Args:
+            paired: so many of the dense rows are the dense model's, the others are our own.
+            shift_TD: r~ - r of each token, float32, see `shift_DI`.
+        """
         assert self._difference_II is not None
         self.update(x_TI, sample)
         self.paired += paired
+        x32_TI = x_TI.float()
+        if paired > 0:
+            self._difference_II.addmm_((dense_TI.float() - x32_TI).T, x32_TI)
+        if shift_TD is not None:
+            if self.shift_DI is None:
+                self.shift_DI = shift_TD.new_zeros(shift_TD.shape[1], x_TI.shape[1])
+            self.shift_DI.addmm_(shift_TD.T, x32_TI)
         if sample > 0:
             self._dense_samples.append(_spaced(dense_TI, sample))
-        if paired > 0:
-            x_TI = x_TI.float()
-            self._difference_II.addmm_((dense_TI.float() - x_TI).T, x_TI)
+            if shift_TD is not None:
+                self._shift_samples.append(_spaced(shift_TD, sample))
 
     def finish(self) -> None:
         """Call once after the last update; afterwards `gram_II` and `square_sum_I` are final."""
@@ -105,7 +127,8 @@ class InputStatistics:
     def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError | None:
         """||(W - W') X||_F^2 / ||W X||_F^2 over the sampled tokens.
 
-        With a dense target ||W X~ - W' X||_F^2 / ||W X~||_F^2, X~ what the dense model reads.
+        With a dense target ||W X~ + R~ - R - W' X||_F^2 / ||W X~||_F^2, X~ what the dense model
+        reads and R what the output is added to.
         Products in the dtype of the tokens: bfloat16 rounds each to 0.4 %, far below the sample's
         own error. None where no token was seen.
         """
@@ -118,6 +141,8 @@ class InputStatistics:
         lost_TO = x_TI @ (weight_OI - pruned_OI).T.to(x_TI.dtype)
         if self._dense_samples:
             lost_TO += (dense_TI - x_TI) @ weight_OI.T.to(x_TI.dtype)
+        if self._shift_samples:
+            lost_TO += torch.cat(self._shift_samples).to(x_TI.dtype)
         whole = _square_sum(dense_TI @ weight_OI.T.to(x_TI.dtype))
         return LayerError(_square_sum(lost_TO) / whole if whole > 0 else 0.0, x_TI.shape[0])
 
