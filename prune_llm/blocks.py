@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 from prune_llm.architecture import Architecture, Linear
 from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
-from prune_llm.experts import with_index, without_index
 from prune_llm.fused_block import FusedBlock, agrees, is_plain_call
 from prune_llm.memory import trim_heap
-from prune_llm.pairing import Read, Routing, adds_to_output, paired_rows, silenced
+from prune_llm.pairing import Read, Routing, paired_rows, silenced
+from prune_llm.sites import Site, Stage, _complete, _observe, stages_of
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
@@ -64,29 +64,6 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
         return args[0], Call(True, args[1:], kwargs)
     rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
     return kwargs["hidden_states"], Call(False, args, rest)
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Linears that read one and the same input tensor, in the order they read it."""
-
-    linears: tuple[Linear, ...]
-
-    @property
-    def name(self) -> str:
-        return ",".join(linear.kind for linear in self.linears)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Sites that are pruned together, before those behind them are measured.
-
-    ``silent``: where the output of the stage's one linear is added to the block's hidden states,
-    that linear and all linears behind it. With them silent the block returns what it is added to.
-    """
-
-    sites: tuple[Site, ...]
-    silent: tuple[Linear, ...] = ()
 
 
 @dataclass
@@ -130,7 +107,7 @@ class Walk:
         self._select, self._tick = select, tick
         self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
         self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-        self._adding: dict[tuple[str, ...], set[str]] = {}
+        self.adding: dict[tuple[str, ...], bool] = {}  # see `sites.stages_of`
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
 
@@ -279,26 +256,6 @@ class Walk:
                 )
         return [Site(tuple(by_kind[kind] for kind in names)) for names in grouped]
 
-    def stages(self, index: int, sites: list[Site], run: Callable[[], Any]) -> list[Stage]:
-        """In what steps a block is pruned towards the dense model's output.
-
-        Whether a linear's output is added to the hidden states is found by running the block; as
-        blocks with the same linears group alike, the first of each sort is run.
-        """
-        groups = _alike(sites)
-        kinds = tuple(site.name for site in sites)
-        if kinds not in self._adding:
-            self._adding[kinds] = {
-                group[0].name
-                for place, group in enumerate(groups)
-                if _single(group) and adds_to_output(_from(groups, place), lambda: _hidden(run()))
-            }
-        adding = self._adding[kinds]
-        return [
-            Stage(group, _from(groups, place) if group and group[0].name in adding else ())
-            for place, group in enumerate(groups)
-        ]
-
     # -- running a block ----------------------------------------------------------------------
 
     def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
@@ -373,7 +330,7 @@ class Block:
                 yield site, collected.pop(site)
 
     def _stages(self) -> list[Stage]:
-        return self._walk.stages(self.index, self._sites(), self._first_batch)
+        return stages_of(self._sites(), lambda: _hidden(self._first_batch()), self._walk.adding)
 
     @torch.no_grad()
     def collect(
@@ -384,7 +341,7 @@ class Block:
             return {Site((linear,)): None for linear in self.linears}
         sites = self._sites() if stage is None else stage.sites
         device, dense = self._walk.device, self._dense is not None
-        statistics = {site: InputStatistics(_width(site), device, needs, dense) for site in sites}
+        statistics = {site: InputStatistics(site.width, device, needs, dense) for site in sites}
         for number in range(len(self._stream.batches)):
             if stage is None:
                 self._collect_batch(number, statistics)
@@ -425,7 +382,8 @@ class Block:
             shift_TD = (dense_rest.float() - rest.float()).flatten(0, -2)
         for site, read in ours.items():
             rows_TI, paired = paired_rows(read, dense.get(site))
-            statistics[site].update_pair(read.x_TI, rows_TI, paired, shift_TD, self._sample)
+            shift = shift_TD if paired == len(rows_TI) else None
+            statistics[site].update_pair(read.x_TI, rows_TI, paired, shift, self._sample)
 
     def _reads(
         self, stream: Stream, number: int, stage: Stage, routing: Routing
@@ -519,11 +477,6 @@ def _hidden(output: Any) -> Tensor:
     return hidden
 
 
-def _width(site: Site) -> int:
-    linear = site.linears[0]
-    return int(linear.to_OI(linear.weight).shape[1])
-
-
 def _visitor(
     site: Site, visit: Callable[[Site, Tensor], None], waiting: set[Site | None]
 ) -> Callable[..., None]:
@@ -536,62 +489,6 @@ def _visitor(
             raise _Captured
 
     return hook
-
-
-def _alike(sites: list[Site]) -> list[tuple[Site, ...]]:
-    """Sites in the order they are read; those of the experts of a block go together."""
-    groups: dict[tuple[str, ...], list[Site]] = {}
-    for site in sites:
-        alike = tuple(without_index(linear.kind) for linear in site.linears)
-        groups.setdefault(alike, []).append(site)
-    return [tuple(group) for group in groups.values()] or [()]
-
-
-def _single(group: tuple[Site, ...]) -> bool:
-    return len(group) == 1 and len(group[0].linears) == 1
-
-
-def _from(groups: list[tuple[Site, ...]], place: int) -> tuple[Linear, ...]:
-    """All linears of a stage and of those behind it."""
-    return tuple(linear for group in groups[place:] for site in group for linear in site.linears)
-
-
-def _complete(grouped: list[tuple[str, ...]], kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Experts that no token reached when the block ran share inputs as those that were reached."""
-    seen = {kind for names in grouped for kind in names}
-    alike = {without_index(names[0]): names for names in grouped}
-    found = list(grouped)
-    for kind in kinds:
-        names = alike.get(without_index(kind))
-        if kind not in seen and names is not None:
-            found.append(tuple(with_index(name, kind) for name in names))
-            seen.update(found[-1])
-    return found
-
-
-def _observe(linears: list[Linear], run: Callable[[], None]) -> list[tuple[str, ...]]:
-    """Run the block and group the kinds of its linears by the identity of what they read."""
-    seen: dict[tuple[Any, ...], list[str]] = {}
-    alive: list[Tensor] = []  # keeps addresses from being used twice
-
-    def watch(kind: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            alive.append(x)
-            key = (x.data_ptr(), x.shape, x.stride(), x._version)
-            kinds = seen.setdefault(key, [])
-            if kind not in kinds:
-                kinds.append(kind)
-
-        return hook
-
-    handles = [linear.module.register_forward_pre_hook(watch(linear.kind)) for linear in linears]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [tuple(kinds) for kinds in seen.values()]
 
 
 def _same(one: Call, other: Call) -> bool:
