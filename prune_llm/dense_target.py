@@ -10,8 +10,9 @@ blocks broke; the weights here undo as much of it as a linear can:
 These are the normal equations W~ (H + l I) = W (C + l I) + S. R is what the linear's output is
 added to, the residual stream: attention and MLP write to it, so their last linears can also undo
 the error that it carries. For all others S = 0, and the correction is that of "Quantization Error
-Propagation" (Arai and Ichikawa 2025, arXiv 2504.09629, with alpha = 1). The ridge pulls towards W
-and not towards zero, so that equal inputs change nothing, however large l is.
+Propagation" (Arai and Ichikawa 2025, arXiv 2504.09629), whose alpha is ``strength`` here: to go
+only part of the way is better. The ridge pulls towards W and not towards zero, so that equal inputs
+change nothing, however large l is.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from torch import Tensor
 from prune_llm.statistics import InputStatistics, all_finite
 
 MAX_DAMPING = 10.0
+# token perplexity of the reference model at 50 % by SparseGPT: 9.36, 8.96 and 9.39 at 0.5, 0.75, 1
+STRENGTH = 0.75
 
 
 def aimed_at_dense(
-    weights_OI: tuple[Tensor, ...], statistics: InputStatistics, damping: float
+    weights_OI: tuple[Tensor, ...],
+    statistics: InputStatistics,
+    damping: float,
+    strength: float = STRENGTH,
 ) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """W~ of each linear of a site, float32 [O, I], and notes for the report.
 
@@ -33,6 +39,7 @@ def aimed_at_dense(
         weights_OI: the dense weights W, float32.
         damping: l as a fraction of the mean diagonal of H; raised, with a note, where H + l I is
             not positive definite.
+        strength: share of the way from W to W~.
 
     Raises:
         ValueError: the statistics are not finite, or no damping up to 10 makes H definite.
@@ -51,7 +58,8 @@ def aimed_at_dense(
         right_OI = weight_OI.double() @ sums[0]
         if len(sums) > 1:
             right_OI += sums[1]
-        aimed.append((weight_OI + torch.cholesky_solve(right_OI.T, lower_II).T).float())
+        change_IO = torch.cholesky_solve(right_OI.T, lower_II)
+        aimed.append((weight_OI + strength * change_IO.T).float())
     raised = f"dense target solved with damping raised from {damping:g} to {used:g}"
     return tuple(aimed), () if used == damping else (raised,)
 
