@@ -44,21 +44,19 @@ def aimed_at_dense(
     Raises:
         ValueError: the statistics are not finite, or no damping up to 10 makes H definite.
     """
-    sums = [statistics.difference_II]
-    if statistics.shift_DI is not None:
-        sums.append(statistics.shift_DI)
+    difference_II, shift_DI = statistics.difference_II, statistics.shift_DI
+    sums = [difference_II] if shift_DI is None else [difference_II, shift_DI]
     if not all(all_finite(values) for values in sums):
         raise ValueError("the dense model's calibration activations overflowed; try float32")
     if not any(bool(values.any()) for values in sums):
         return weights_OI, ()
     lower_II, used = _factor(statistics.gram_II, damping)
-    sums = [values.double() for values in sums]
     aimed = []
     for weight_OI in weights_OI:
-        right_OI = weight_OI.double() @ sums[0]
-        if len(sums) > 1:
-            right_OI += sums[1]
-        change_IO = torch.cholesky_solve(right_OI.T, lower_II)
+        right_OI = weight_OI @ difference_II
+        if shift_DI is not None:
+            right_OI += shift_DI
+        change_IO = torch.cholesky_solve(right_OI.T.double(), lower_II)
         aimed.append((weight_OI + strength * change_IO.T).float())
     raised = f"dense target solved with damping raised from {damping:g} to {used:g}"
     return tuple(aimed), () if used == damping else (raised,)

@@ -118,8 +118,8 @@ def adds_to_output(linears: tuple[Linear, ...], run: Callable[[], Tensor]) -> bo
         linears: the linear, and all that read their inputs behind it.
         run: runs the block, and returns its output [.., D].
     """
-    seen: list[Tensor] = []
-    handle = linears[0].module.register_forward_hook(lambda _m, _args, y: seen.append(y))
+    seen: list[Tensor] = []  # copies: Falcon adds to it in place
+    handle = linears[0].module.register_forward_hook(lambda _m, _args, y: seen.append(y.clone()))
     try:
         with silenced(linears[1:]):
             whole = run().float()

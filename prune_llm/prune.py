@@ -68,11 +68,12 @@ class PruneConfig:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         dtype: what blocks run in while calibrating: "auto" (as stored), "float32", "bfloat16",
             "float16". The dtype on disk never changes.
-        damping: fraction of the mean diagonal added to the Gram matrix (SparseGPT).
+        damping: fraction of the mean diagonal added to the Gram matrix (SparseGPT, dense target).
         column_block: columns SparseGPT updates together.
         target: what a linear's output should stay: "pruned", that of its dense weights on the
-            pruned model's inputs, or "dense", that of the dense model. The dense model then runs
-            beside the pruned one, with every method.
+            pruned model's inputs, or "dense", that of the dense model (see `dense_target`). The
+            dense model's activations are then kept beside the pruned one's, and a block's dense
+            weights beside its pruned ones; the method prunes weights re-solved for the target.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
@@ -443,7 +444,7 @@ def _save(job: _Job, index: int, tensors: dict[str, Tensor], directory: Path) ->
 
 
 def _warn_rank(job: _Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
-    if statistics is None or needs < Needs.GRAM:
+    if statistics is None or statistics.tokens == 0 or needs < Needs.GRAM:
         return
     width = len(statistics.square_sum_I)
     if statistics.tokens < width:

@@ -42,10 +42,12 @@ class InputStatistics:
         self.tokens = self.paired = 0
         self.square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self._gram = _GramSum(width, device) if needs >= Needs.GRAM else None
-        self._difference_II = torch.zeros(width, width, device=device) if dense_target else None
+        self._difference_II: Tensor | None = None
+        if dense_target:
+            self._difference_II = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.shift_DI: Tensor | None = None
         self._samples: list[Tensor] = []
         self._dense_samples: list[Tensor] = []
-        self.shift_DI: Tensor | None = None
         self._shift_samples: list[Tensor] = []
 
     def update(self, x_TI: Tensor, sample: int = 0) -> None:
@@ -115,11 +117,6 @@ class InputStatistics:
     def sample_TI(self) -> Tensor:
         return torch.cat(self._samples)
 
-    @property
-    def dense_sample_TI(self) -> Tensor:
-        """What the dense model reads for the tokens of `sample_TI`; the same without it."""
-        return torch.cat(self._dense_samples) if self._dense_samples else self.sample_TI
-
     def norms_I(self) -> Tensor:
         """Root mean square over sequences up to a constant: ||X_i||_2, float32 [I] (Wanda)."""
         return self.square_sum_I.sqrt()
@@ -137,14 +134,17 @@ class InputStatistics:
         x_TI = self.sample_TI
         if x_TI.dtype != torch.bfloat16:
             x_TI = x_TI.float()
-        dense_TI = self.dense_sample_TI.to(x_TI.dtype)
+        weight_IO = weight_OI.T.to(x_TI.dtype)
         lost_TO = x_TI @ (weight_OI - pruned_OI).T.to(x_TI.dtype)
+        dense_TI = x_TI
         if self._dense_samples:
-            lost_TO += (dense_TI - x_TI) @ weight_OI.T.to(x_TI.dtype)
+            dense_TI = torch.cat(self._dense_samples).to(x_TI.dtype)
+            lost_TO += (dense_TI - x_TI) @ weight_IO
         if self._shift_samples:
             lost_TO += torch.cat(self._shift_samples).to(x_TI.dtype)
-        whole = _square_sum(dense_TI @ weight_OI.T.to(x_TI.dtype))
-        return LayerError(_square_sum(lost_TO) / whole if whole > 0 else 0.0, x_TI.shape[0])
+        whole = _square_sum(dense_TI @ weight_IO)
+        lost = _square_sum(lost_TO)
+        return LayerError(lost / whole if whole > 0 else 0.0, x_TI.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

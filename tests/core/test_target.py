@@ -253,6 +253,9 @@ def families() -> dict[str, Any]:
         "gpt2": tf.GPT2Config(vocab_size=264, n_embd=32, n_layer=3, n_head=4, n_positions=128),
         "gemma2": tf.Gemma2Config(**grouped, head_dim=8),
         "neox": tf.GPTNeoXConfig(**small, use_parallel_residual=True),
+        "falcon": tf.FalconConfig(
+            vocab_size=264, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, alibi=True
+        ),
         "mixtral": tf.MixtralConfig(**grouped, num_local_experts=5, sliding_window=None),
     }
 
@@ -263,6 +266,7 @@ ADDED = {
     "gpt2": {"attn.c_proj", "mlp.c_proj"},
     "gemma2": set(),  # normalised first
     "neox": {"attention.dense", "mlp.dense_4h_to_h"},
+    "falcon": {"self_attention.dense", "mlp.dense_4h_to_h"},  # added in place
     "mixtral": {"self_attn.o_proj"},  # experts are weighted first
 }
 
