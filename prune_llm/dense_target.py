@@ -23,7 +23,8 @@ from torch import Tensor
 from prune_llm.statistics import InputStatistics, all_finite
 
 MAX_DAMPING = 10.0
-# token perplexity of the reference model at 50 % by SparseGPT: 9.36, 8.96 and 9.39 at 0.5, 0.75, 1
+# token perplexity of the reference model after SparseGPT, 0.75 and 1: 9.01 and 9.39 at 50 %, 12.4
+# and 12.9 at 2:4, 16.2 and 16.4 at 60 %
 STRENGTH = 0.75
 
 

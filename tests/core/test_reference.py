@@ -37,7 +37,7 @@ ROWS = [
 # N:M has no rounding, so there the peers' counts are ours
 UNSTRUCTURED = [row for row in ROWS if ":" not in row[1]]
 
-DENSE_TARGET = [("sparsegpt", 8.956), ("wanda", 7.986)]
+DENSE_TARGET = [("sparsegpt", 9.005), ("wanda", 8.131)]
 
 
 def row_id(row: tuple[str, str, str, float]) -> str:
