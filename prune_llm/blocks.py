@@ -2,15 +2,17 @@
 
 Calibration activations flow through the blocks as the caller left them, so every block is
 calibrated on what the pruned model will really feed it. Only one block holds weights at a time.
+With ``dense_target`` a second stream flows through the blocks as they were: the dense model's. A
+block is then run once for each of its sites, after the sites before it were pruned, and holds its
+dense weights beside the pruned ones.
 Shape letters: S = samples, T = tokens of one sample, D = hidden size.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 from prune_llm.architecture import Architecture, Linear
 from prune_llm.attention import FastAttention
 from prune_llm.checkpoint import DTYPES, Checkpoint
-from prune_llm.experts import with_index, without_index
 from prune_llm.fused_block import FusedBlock, agrees, is_plain_call
+from prune_llm.memory import trim_heap
+from prune_llm.pairing import Read, Routing, paired_rows, silenced
+from prune_llm.sites import Site, Stage, _complete, _observe, stages_of
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
@@ -62,17 +66,6 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return kwargs["hidden_states"], Call(False, args, rest)
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Linears that read one and the same input tensor, in the order they read it."""
-
-    linears: tuple[Linear, ...]
-
-    @property
-    def name(self) -> str:
-        return ",".join(linear.kind for linear in self.linears)
-
-
 @dataclass
 class Stream:
     """Hidden states between two blocks, in batches on the CPU, and how to call each block.
@@ -92,6 +85,7 @@ class Walk:
             methods that need no data.
         select: which linears of a block are to be pruned.
         tick: told after every batch: the block's index and what is being done.
+        dense_target: keep the dense model's stream as well.
     """
 
     def __init__(
@@ -105,27 +99,34 @@ class Walk:
         dtype: torch.dtype,
         batch_size: int,
         tick: Tick,
+        dense_target: bool = False,
     ) -> None:
+        self._dense_target = dense_target
         self.architecture, self.checkpoint = architecture, checkpoint
         self.device, self.dtype = device, dtype
         self._select, self._tick = select, tick
         self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
         self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+        self.adding: dict[tuple[str, ...], bool] = {}  # see `sites.stages_of`
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
 
     def __iter__(self) -> Iterator[Block]:
         blocks = self.architecture.blocks
         stream = self._start() if self._batches else None
+        dense = None
+        if stream is not None and self._dense_target:
+            dense = Stream(list(stream.batches), stream.calls)
         for index in range(len(blocks)):
             self.load(index)
             if stream is not None:
                 self._choose(index, stream)
             linears = self._select(self.architecture.linears(index))
-            block = Block(self, index, linears, stream)
+            block = Block(self, index, linears, stream, dense)
             yield block
             if stream is not None and index + 1 < len(blocks):
                 block.propagate()
+            block.close()
             self.release(index)
 
     # -- weights in and out ------------------------------------------------------------------
@@ -143,7 +144,7 @@ class Walk:
         """Drop the block's weights and give the memory back to the system."""
         for module in self.architecture.blocks[index].modules():
             _empty_parameters(module)
-        _trim_heap()
+        trim_heap()
 
     def _fill(self, names: list[str]) -> None:
         for name in names:
@@ -169,7 +170,7 @@ class Walk:
                 stream.calls[len(batch)] = self._record(batch, hidden_STD)
         for name in outside:
             _empty_parameters(self.architecture.model.get_submodule(name.rpartition(".")[0]))
-        _trim_heap()
+        trim_heap()
         return stream
 
     def _embed(self, ids_ST: Tensor) -> Tensor:
@@ -284,15 +285,23 @@ class Walk:
 
 
 class Block:
-    """The resident decoder block. Prune it through `collect` and `assign`."""
+    """The resident decoder block. Prune it through `statistics` and `assign`."""
 
     def __init__(
-        self, walk: Walk, index: int, linears: list[Linear], stream: Stream | None
+        self,
+        walk: Walk,
+        index: int,
+        linears: list[Linear],
+        stream: Stream | None,
+        dense: Stream | None = None,
     ) -> None:
         self.index = index
         self.name = walk.architecture.block_name(index)
         self.linears = linears
-        self._walk, self._stream = walk, stream
+        self._walk, self._stream, self._dense = walk, stream, dense
+        self._module = walk.architecture.blocks[index]
+        self._dense_weights = [] if dense is None else [linear.module.weight for linear in linears]
+        self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The dense weight, float32 [O, I] on the device, at the precision it is stored in."""
@@ -307,34 +316,126 @@ class Block:
         weight = stored.to(self._walk.device, self._walk.dtype)
         linear.module.weight = nn.Parameter(weight, requires_grad=False)
 
+    def statistics(self, needs: Needs) -> Iterator[tuple[Site, InputStatistics | None]]:
+        """Each site with its statistics, which are freed with it.
+
+        With a dense target a site is measured when the sites before it have been assigned, so that
+        it can undo what they broke.
+        """
+        stages = [None] if self._dense is None else self._stages()
+        self._passes = len(stages)
+        for stage in stages:
+            collected = self.collect(needs, stage)
+            for site in list(collected):
+                yield site, collected.pop(site)
+
+    def _stages(self) -> list[Stage]:
+        return stages_of(self._sites(), lambda: _hidden(self._first_batch()), self._walk.adding)
+
     @torch.no_grad()
-    def collect(self, needs: Needs) -> dict[Site, InputStatistics | None]:
-        """Statistics of each site over all calibration samples, in one pass."""
+    def collect(
+        self, needs: Needs, stage: Stage | None = None
+    ) -> dict[Site, InputStatistics | None]:
+        """Statistics of each site (of a stage) over all calibration samples, in one pass."""
         if self._stream is None:
             return {Site((linear,)): None for linear in self.linears}
-        sites = self._walk.sites(self.index, self.linears, lambda: self._run(0))
-        statistics = {
-            site: InputStatistics(_width(site), self._walk.device, needs) for site in sites
-        }
-        sample = -(-ERROR_TOKENS // len(self._stream.batches))
-        waiting: set[Site] = set()
-        handles = [
-            site.linears[0].module.register_forward_pre_hook(
-                _updater(site, statistics[site], sample, waiting)
-            )
-            for site in sites
-        ]
-        try:
-            for number in range(len(self._stream.batches)):
-                waiting.update(sites)
-                self._run(number)
+        sites = self._sites() if stage is None else stage.sites
+        device, dense = self._walk.device, self._dense is not None
+        statistics = {site: InputStatistics(site.width, device, needs, dense) for site in sites}
+        for number in range(len(self._stream.batches)):
+            if stage is None:
+                self._collect_batch(number, statistics)
+            else:
+                self._collect_pairs(number, statistics, stage)
+            self._ran += 1
+            if self._ran % self._passes == 0:
                 self._walk.tick(self.index, "calibrating")
-        finally:
-            for handle in handles:
-                handle.remove()
         for site in sites:
             self._finish(site, statistics[site])
         return dict(statistics)
+
+    @property
+    def _sample(self) -> int:
+        """Tokens of each batch on which the layer error is measured."""
+        assert self._stream is not None
+        return -(-ERROR_TOKENS // len(self._stream.batches))
+
+    def _collect_batch(self, number: int, statistics: dict[Site, InputStatistics]) -> None:
+        assert self._stream is not None
+
+        def add(site: Site, x: Tensor) -> None:
+            statistics[site].update(x, self._sample)
+
+        self._visit(self._stream, number, statistics, add)
+
+    def _collect_pairs(
+        self, number: int, statistics: dict[Site, InputStatistics], stage: Stage
+    ) -> None:
+        """One batch through the dense block, then through the block as it is now."""
+        assert self._stream is not None and self._dense is not None
+        with Routing(self._module).watched() as routing, silenced(stage.silent):
+            with self._as_dense():
+                dense, dense_rest = self._reads(self._dense, number, stage, routing)
+            ours, rest = self._reads(self._stream, number, stage, routing)
+        shift_TD = None
+        if dense_rest is not None and rest is not None:
+            shift_TD = (dense_rest.float() - rest.float()).flatten(0, -2)
+        for site, read in ours.items():
+            rows_TI, paired = paired_rows(read, dense.get(site))
+            shift = shift_TD if paired == len(rows_TI) else None
+            statistics[site].update_pair(read.x_TI, rows_TI, paired, shift, self._sample)
+
+    def _reads(
+        self, stream: Stream, number: int, stage: Stage, routing: Routing
+    ) -> tuple[dict[Site, Read], Tensor | None]:
+        """What the sites of a stage read of a batch, and what its output is added to."""
+        tokens = stream.batches[number][..., 0].numel()
+        reads: dict[Site, Read] = {}
+
+        def keep(site: Site, x: Tensor) -> None:
+            reads[site] = routing.read(site.linears[0].kind, x.clone(), tokens)
+
+        output = self._visit(stream, number, stage.sites, keep, to_the_end=bool(stage.silent))
+        return reads, _hidden(output) if stage.silent else None
+
+    def _visit(
+        self,
+        stream: Stream,
+        number: int,
+        sites: Iterable[Site],
+        visit: Callable[[Site, Tensor], None],
+        to_the_end: bool = False,
+    ) -> Any:
+        """Run one batch and show what each site reads; stops when all were, unless to the end."""
+        waiting: set[Site | None] = {*sites, None} if to_the_end else {*sites}
+        handles = [
+            site.linears[0].module.register_forward_pre_hook(_visitor(site, visit, waiting))
+            for site in sites
+        ]
+        try:
+            return self._run(number, stream)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _as_dense(self) -> Iterator[None]:
+        """The block as it was before anything was assigned."""
+        pruned = [linear.module.weight for linear in self.linears]
+        try:
+            for linear, weight in zip(self.linears, self._dense_weights, strict=True):
+                linear.module.weight = weight
+            yield
+        finally:
+            for linear, weight in zip(self.linears, pruned, strict=True):
+                linear.module.weight = weight
+
+    def _sites(self) -> list[Site]:
+        return self._walk.sites(self.index, self.linears, self._first_batch)
+
+    def _first_batch(self) -> Any:
+        assert self._stream is not None
+        return self._run(0, self._stream)
 
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
         statistics.finish()
@@ -346,79 +447,48 @@ class Block:
 
     @torch.no_grad()
     def propagate(self) -> None:
-        """Replace the stream by this block's outputs."""
+        """Replace the streams by this block's outputs."""
         assert self._stream is not None
         for number in range(len(self._stream.batches)):
-            output = self._run(number)
-            hidden_STD = output[0] if isinstance(output, tuple) else output
-            self._stream.batches[number] = hidden_STD.cpu()
+            self._advance(number, self._stream)
+            if self._dense is not None:
+                with self._as_dense():
+                    self._advance(number, self._dense)
             self._walk.tick(self.index, "running the pruned block")
 
-    def _run(self, number: int) -> Any:
-        assert self._stream is not None
-        hidden_STD = self._stream.batches[number].to(self._walk.device)
-        call = self._stream.calls[len(hidden_STD)][self.index]
+    def _advance(self, number: int, stream: Stream) -> None:
+        stream.batches[number] = _hidden(self._run(number, stream)).cpu()
+
+    def _run(self, number: int, stream: Stream) -> Any:
+        hidden_STD = stream.batches[number].to(self._walk.device)
+        call = stream.calls[len(hidden_STD)][self.index]
         try:
             return self._walk.run(self.index, hidden_STD, call)
         except _Captured:
             return None
 
+    def close(self) -> None:
+        """Let go of the dense weights, before the next block is read."""
+        self._dense_weights.clear()
 
-def _width(site: Site) -> int:
-    linear = site.linears[0]
-    return int(linear.to_OI(linear.weight).shape[1])
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
-def _updater(
-    site: Site, statistics: InputStatistics, sample: int, waiting: set[Site]
+def _visitor(
+    site: Site, visit: Callable[[Site, Tensor], None], waiting: set[Site | None]
 ) -> Callable[..., None]:
-    """A hook that adds a linear's input; when no site waits any more it ends the pass."""
+    """A hook that shows a linear's input; when no site waits any more it ends the pass."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics.update(args[0], sample)
+        visit(site, args[0])
         waiting.discard(site)
         if not waiting:
             raise _Captured
 
     return hook
-
-
-def _complete(grouped: list[tuple[str, ...]], kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Experts that no token reached when the block ran share inputs as those that were reached."""
-    seen = {kind for names in grouped for kind in names}
-    alike = {without_index(names[0]): names for names in grouped}
-    found = list(grouped)
-    for kind in kinds:
-        names = alike.get(without_index(kind))
-        if kind not in seen and names is not None:
-            found.append(tuple(with_index(name, kind) for name in names))
-            seen.update(found[-1])
-    return found
-
-
-def _observe(linears: list[Linear], run: Callable[[], None]) -> list[tuple[str, ...]]:
-    """Run the block and group the kinds of its linears by the identity of what they read."""
-    seen: dict[tuple[Any, ...], list[str]] = {}
-    alive: list[Tensor] = []  # keeps addresses from being used twice
-
-    def watch(kind: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            alive.append(x)
-            key = (x.data_ptr(), x.shape, x.stride(), x._version)
-            kinds = seen.setdefault(key, [])
-            if kind not in kinds:
-                kinds.append(kind)
-
-        return hook
-
-    handles = [linear.module.register_forward_pre_hook(watch(linear.kind)) for linear in linears]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [tuple(kinds) for kinds in seen.values()]
 
 
 def _same(one: Call, other: Call) -> bool:
@@ -454,31 +524,3 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[leaf] = buffer.to(device)
-
-
-def return_freed_memory() -> None:
-    """Make glibc hand tensors above 8 MB back to the system as soon as they are freed.
-
-    It raises its own limit to 32 MB otherwise and keeps what was freed in fragments, a block's
-    worth and more. Holds for the process; other allocators are left as they are.
-    """
-    mallopt = _libc("mallopt")
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 8 << 20)
-        # what a block's run frees it needs again at once: handing it back costs a fault a page
-        mallopt(M_TRIM_THRESHOLD, 32 << 20)
-
-
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
-
-
-def _trim_heap() -> None:
-    """Hand back what freed blocks left in the heap."""
-    trim = _libc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _libc(function: str) -> Callable[..., int] | None:
-    """A function of glibc; None on other systems."""
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None

@@ -21,7 +21,7 @@ from prune_llm import __version__
 from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_tables import print_info, print_prune_report, print_quality
 from prune_llm.methods import METHODS
-from prune_llm.prune import FORMATS, Progress, PruneConfig, prune
+from prune_llm.prune import FORMATS, TARGETS, Progress, PruneConfig, prune
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -86,6 +86,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
 @_option("dtype", help="Dtype of the calibration runs: auto, float32, bfloat16, float16.")
 @_option("damping", type=float, help="Share of the mean diagonal added to the Gram matrix.")
 @_option("column_block", type=int, help="Columns that SparseGPT updates together.")
+@_option("target", help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.")
 @_option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]")
 @click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'.")
 @_option("format", help=f"How weights are stored: {', '.join(FORMATS)}.")

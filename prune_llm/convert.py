@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_llm.blocks import return_freed_memory
 from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
@@ -29,6 +28,7 @@ from prune_llm.experts import without_index
 from prune_llm.format import DTYPES as PACKABLE
 from prune_llm.format import PACKED
 from prune_llm.masks import Pattern
+from prune_llm.memory import return_freed_memory
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,
     SparseWriter,

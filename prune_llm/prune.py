@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prune_llm import architecture as arch
-from prune_llm.blocks import Block, Walk, return_freed_memory
+from prune_llm.blocks import Block, Walk
 from prune_llm.calibration import (
     BUNDLED,
     Calibration,
@@ -36,7 +36,9 @@ from prune_llm.checkpoint import (
     save_part,
     write_shards,
 )
+from prune_llm.dense_target import aimed_at_dense
 from prune_llm.masks import Pattern, Scope, check_keep_mask
+from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS, Method, Problem, Solution
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
@@ -44,6 +46,7 @@ from prune_llm.statistics import InputStatistics, Needs, all_finite, disable_tf3
 from prune_llm.verification import verify
 
 FORMATS = ("dense", "sparse")
+TARGETS = ("pruned", "dense")
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
 # memory small; narrow models need more to outweigh the cost of a call
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS, BATCH_VALUES = 512, 4096, 1 << 20
@@ -65,8 +68,12 @@ class PruneConfig:
         device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         dtype: what blocks run in while calibrating: "auto" (as stored), "float32", "bfloat16",
             "float16". The dtype on disk never changes.
-        damping: fraction of the mean diagonal added to the Gram matrix (SparseGPT).
+        damping: fraction of the mean diagonal added to the Gram matrix (SparseGPT, dense target).
         column_block: columns SparseGPT updates together.
+        target: what a linear's output should stay: "pruned", that of its dense weights on the
+            pruned model's inputs, or "dense", that of the dense model (see `dense_target`). The
+            dense model's activations are then kept beside the pruned one's, and a block's dense
+            weights beside its pruned ones; the method prunes weights re-solved for the target.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
@@ -84,6 +91,7 @@ class PruneConfig:
     dtype: str = "auto"
     damping: float = 0.01
     column_block: int = 128
+    target: str = "pruned"
     batch_size: int | None = None
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
@@ -91,6 +99,7 @@ class PruneConfig:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("format", self.format, FORMATS)
+        _check_choice("target", self.target, TARGETS)
         _check_choice("dtype", self.dtype, ("auto", *arch.RUN_DTYPES))
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)
@@ -189,6 +198,7 @@ class _Job:
     writer: SparseWriter | None = None
     warnings: list[str] = field(default_factory=list)
     done: int = 0
+    partly_paired: list[tuple[int, int]] = field(default_factory=list)  # paired, tokens of a site
 
     @classmethod
     def open(
@@ -223,6 +233,7 @@ class _Job:
             dtype=self.dtype,
             batch_size=self.batch_size,
             tick=self.tick,
+            dense_target=self.config.target == "dense",
         )
 
     @property
@@ -268,8 +279,23 @@ class _Job:
             + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),
             seconds=seconds,
             peak_memory=peak_memory(self.device),
-            warnings=self.warnings,
+            warnings=self.warnings + _pairing_warnings(self.partly_paired),
         )
+
+
+def _pairing_warnings(sites: list[tuple[int, int]]) -> list[str]:
+    if not sites:
+        return []
+    share = sum(paired for paired, _ in sites) / sum(tokens for _, tokens in sites)
+    return [
+        f"dense target: {len(sites)} sites of experts share {share:.1%} of their tokens with the "
+        "dense model; the other tokens keep the pruned target"
+    ]
+
+
+def _needs(config: PruneConfig) -> Needs:
+    """What calibration collects: for the method, and to aim at the dense model."""
+    return Needs.GRAM if config.target == "dense" else METHODS[config.method].needs
 
 
 def _check_ignore(architecture: arch.Architecture, ignore: tuple[str, ...]) -> None:
@@ -289,7 +315,7 @@ def _check_ignore(architecture: arch.Architecture, ignore: tuple[str, ...]) -> N
 def _calibration(
     config: PruneConfig, checkpoint: Checkpoint, architecture: arch.Architecture
 ) -> Calibration | None:
-    if config.calibration is None and METHODS[config.method].needs == Needs.NOTHING:
+    if config.calibration is None and _needs(config) == Needs.NOTHING:
         return None
     context = arch.text_width(architecture.model)
     check_seq_len(config.seq_len, context)
@@ -343,18 +369,16 @@ def _prune_block(job: _Job, block: Block, directory: Path) -> None:
     """Calibrate, solve site by site, and put the block's weights on disk."""
     pattern = Pattern.parse(job.config.pattern)
     tensors: dict[str, Tensor] = {}
-    collected = block.collect(METHODS[job.config.method].needs)
-    for site in list(collected):
-        statistics = collected.pop(site)  # the Gram matrix is freed with its site
+    needs = _needs(job.config)
+    for site, statistics in block.statistics(needs):
         method = _method(job, f"{block.name}.{site.name}", statistics)
-        _warn_rank(job, f"{block.name}.{site.name}", statistics, method.needs)
+        _warn_rank(job, f"{block.name}.{site.name}", statistics, needs)
         started = time.perf_counter()
         weights = tuple(block.weight_OI(linear) for linear in site.linears)
         patterns = (pattern,) * len(weights)
-        problem = Problem(
-            weights, patterns, statistics, job.config.damping, job.config.column_block
-        )
         _check_finite(site.linears, weights)
+        aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
+        problem = Problem(aimed, patterns, statistics, job.config.damping, job.config.column_block)
         solutions = method.solve(problem)
         share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
         for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
@@ -392,6 +416,24 @@ def _method(job: _Job, name: str, statistics: InputStatistics | None) -> Method:
     return METHODS["magnitude"]
 
 
+def _aimed(
+    job: _Job, name: str, weights: tuple[Tensor, ...], statistics: InputStatistics | None
+) -> tuple[Tensor, ...]:
+    """The weights to prune: as they are, or re-solved for the dense model's output."""
+    if job.config.target == "pruned" or statistics is None or statistics.tokens == 0:
+        return weights
+    if statistics.paired == 0:
+        job.warnings.append(
+            f"{name}: none of its tokens are known in the dense model; target pruned instead"
+        )
+        return weights
+    if statistics.paired < statistics.tokens:
+        job.partly_paired.append((statistics.paired, statistics.tokens))
+    aimed, notes = aimed_at_dense(weights, statistics, job.config.damping)
+    job.warnings += [f"{name}: {note}" for note in notes]
+    return aimed
+
+
 def _save(job: _Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
     """Put the pruned weights of one block on disk, by their names there."""
     if job.writer is None:
@@ -402,7 +444,7 @@ def _save(job: _Job, index: int, tensors: dict[str, Tensor], directory: Path) ->
 
 
 def _warn_rank(job: _Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
-    if statistics is None or needs < Needs.GRAM:
+    if statistics is None or statistics.tokens == 0 or needs < Needs.GRAM:
         return
     width = len(statistics.square_sum_I)
     if statistics.tokens < width:

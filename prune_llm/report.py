@@ -31,7 +31,8 @@ class LinearResult:
         weights: how many there are; kept: how many the mask keeps; nonzero: how many differ from
             zero on disk (a kept weight may be zero itself).
         error: relative squared error of the output on the calibration tokens
-            ||(W - W') X||^2 / ||W X||^2, measured on ``error_tokens``; None without data.
+            ||(W - W') X||^2 / ||W X||^2, measured on ``error_tokens``; against the dense model's
+            output with a dense target (`InputStatistics.relative_error`); None without data.
         seconds: share of its site's solving time, by size.
     """
 

@@ -31,13 +31,24 @@ class InputStatistics:
         square_sum_I: sum over tokens of x_i^2, float32 [I]; float64 until `finish`.
         sample_TI: a few evenly spaced tokens, in the model's dtype, on which the layer error is
             measured (a few hundred give it to some per cent, at a hundredth of the Gram's cost).
+        paired: of the tokens, those whose input in the dense model is known.
+        shift_DI: sum over tokens of (r~ - r) x^T where the linear's output is added to r (r~ in the
+            dense model); None where it is added to nothing.
     """
 
-    def __init__(self, width: int, device: torch.device, needs: Needs) -> None:
-        self.tokens = 0
+    def __init__(
+        self, width: int, device: torch.device, needs: Needs, dense_target: bool = False
+    ) -> None:
+        self.tokens = self.paired = 0
         self.square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
         self._gram = _GramSum(width, device) if needs >= Needs.GRAM else None
+        self._difference_II: Tensor | None = None
+        if dense_target:
+            self._difference_II = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.shift_DI: Tensor | None = None
         self._samples: list[Tensor] = []
+        self._dense_samples: list[Tensor] = []
+        self._shift_samples: list[Tensor] = []
 
     def update(self, x_TI: Tensor, sample: int = 0) -> None:
         """Add T tokens; ``sample`` of them, evenly spaced, are kept for the layer error."""
@@ -51,8 +62,36 @@ class InputStatistics:
             # on a CPU seven times faster than vector_norm over columns
             self.square_sum_I += x_TI.to(torch.float32, copy=True).square_().sum(dim=0)
         if sample > 0:
-            stride = max(1, x_TI.shape[0] // sample)
-            self._samples.append(x_TI[::stride][:sample].clone())
+            self._samples.append(_spaced(x_TI, sample))
+
+    def update_pair(
+        self,
+        x_TI: Tensor,
+        dense_TI: Tensor,
+        paired: int,
+        shift_TD: Tensor | None = None,
+        sample: int = 0,
+    ) -> None:
+        """Add T tokens and what the dense model has in their place.
+
+        Args:
+            paired: so many of the dense rows are the dense model's, the others are our own.
+            shift_TD: r~ - r of each token, float32, see `shift_DI`.
+        """
+        assert self._difference_II is not None
+        self.update(x_TI, sample)
+        self.paired += paired
+        x32_TI = x_TI.float()
+        if paired > 0:
+            self._difference_II.addmm_((dense_TI.float() - x32_TI).T, x32_TI)
+        if shift_TD is not None:
+            if self.shift_DI is None:
+                self.shift_DI = shift_TD.new_zeros(shift_TD.shape[1], x_TI.shape[1])
+            self.shift_DI.addmm_(shift_TD.T, x32_TI)
+        if sample > 0:
+            self._dense_samples.append(_spaced(dense_TI, sample))
+            if shift_TD is not None:
+                self._shift_samples.append(_spaced(shift_TD, sample))
 
     def finish(self) -> None:
         """Call once after the last update; afterwards `gram_II` and `square_sum_I` are final."""
@@ -69,6 +108,12 @@ class InputStatistics:
         return self._gram.sum_II
 
     @property
+    def difference_II(self) -> Tensor:
+        """sum over tokens of (x~ - x) x^T with x~ of the dense model, float32 [I, I]."""
+        assert self._difference_II is not None, "calibration ran without the dense model"
+        return self._difference_II
+
+    @property
     def sample_TI(self) -> Tensor:
         return torch.cat(self._samples)
 
@@ -79,6 +124,8 @@ class InputStatistics:
     def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError | None:
         """||(W - W') X||_F^2 / ||W X||_F^2 over the sampled tokens.
 
+        With a dense target ||W X~ + R~ - R - W' X||_F^2 / ||W X~||_F^2, X~ what the dense model
+        reads and R what the output is added to.
         Products in the dtype of the tokens: bfloat16 rounds each to 0.4 %, far below the sample's
         own error. None where no token was seen.
         """
@@ -87,8 +134,16 @@ class InputStatistics:
         x_TI = self.sample_TI
         if x_TI.dtype != torch.bfloat16:
             x_TI = x_TI.float()
-        lost = _square_sum(x_TI @ (weight_OI - pruned_OI).T.to(x_TI.dtype))
-        whole = _square_sum(x_TI @ weight_OI.T.to(x_TI.dtype))
+        weight_IO = weight_OI.T.to(x_TI.dtype)
+        lost_TO = x_TI @ (weight_OI - pruned_OI).T.to(x_TI.dtype)
+        dense_TI = x_TI
+        if self._dense_samples:
+            dense_TI = torch.cat(self._dense_samples).to(x_TI.dtype)
+            lost_TO += (dense_TI - x_TI) @ weight_IO
+        if self._shift_samples:
+            lost_TO += torch.cat(self._shift_samples).to(x_TI.dtype)
+        whole = _square_sum(dense_TI @ weight_IO)
+        lost = _square_sum(lost_TO)
         return LayerError(lost / whole if whole > 0 else 0.0, x_TI.shape[0])
 
 
@@ -98,6 +153,11 @@ class LayerError:
 
     value: float
     tokens: int
+
+
+def _spaced(x_TI: Tensor, count: int) -> Tensor:
+    stride = max(1, x_TI.shape[0] // count)
+    return x_TI[::stride][:count].clone()
 
 
 def _square_sum(y: Tensor) -> float:
