@@ -91,7 +91,7 @@ def print_report(console: Console, report: SparsifyReport) -> None:
     tokens = report.levels[0]["texts"][text]["tokens"]
     where = report.config["held_out"] or "held-out windows"
     table = new_table(
-        f"on {tokens} tokens of {where} (dense {report.dense_ppl[text]:.4f})", COLUMNS
+        f"on {tokens} tokens of {where} (dense ppl {report.dense_ppl[text]:.4f})", COLUMNS
     )
     for level in report.levels:
         table.add_row(*_cells(level, text))

@@ -235,9 +235,10 @@ class _Run:
             name = target_name(target)
             # found with the cheapest allocation first, so that the asked one knows where to work
             curve = ALLOCATIONS["uniform"](self._task(quantiles, ()))
-            near = largest_sparsity(self._increase(name, quantiles, curve), target)
-            curve = self._curve(quantiles, (near,))
             best = largest_sparsity(self._increase(name, quantiles, curve), target)
+            if self.config.allocation != "uniform":
+                curve = self._curve(quantiles, (best,))
+                best = largest_sparsity(self._increase(name, quantiles, curve), target)
             found[name] = quantiles.thresholds(curve.at(best))
         return found
 
