@@ -51,6 +51,9 @@ def run_tasks(
     print_tasks(console, report)
     if file is not None:
         content = {"model": model, "against": against, **asdict(config), **asdict(report)}
+        for entry, row in zip(content["rows"], report.rows, strict=True):
+            if row.paired is not None:
+                entry["paired"]["significant"] = row.paired.significant
         file.write_text(json.dumps(_finite(content), indent=1) + "\n")
 
 

@@ -7,11 +7,13 @@ the paired difference is smaller than that of two separate means.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
-# An aggregate of the values of documents, such as lm-eval's mean or weighted_perplexity
+# of the values of documents, such as weighted_perplexity; fmean for a mean, whose error is exact
 Aggregate = Callable[[Sequence[Any]], float]
 # groups of documents that are left out in turn; with fewer documents, each of them
 GROUPS = 200
@@ -53,10 +55,13 @@ def compare_pairs(
     """``second`` minus ``first``: the values of the same documents in the same order."""
     difference = aggregate(second) - aggregate(first)
 
-    def without(documents: Sequence[int]) -> float:
-        return aggregate([second[i] for i in documents]) - aggregate([first[i] for i in documents])
-
-    stderr = jackknife(without, len(first))
+    if aggregate is fmean:
+        stderr = mean_stderr([b - a for a, b in zip(first, second, strict=True)])
+    else:
+        stderr = jackknife(
+            lambda kept: aggregate([second[i] for i in kept]) - aggregate([first[i] for i in kept]),
+            len(first),
+        )
     pairs = [(_number(a), _number(b)) for a, b in zip(first, second, strict=True)]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(known) < len(pairs):
@@ -68,18 +73,27 @@ def compare_pairs(
     return Paired(difference, stderr, changed, better)
 
 
+def mean_stderr(values: Sequence[float]) -> float:
+    """Standard error of a mean; nan for fewer than two values."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
 def jackknife(statistic: Callable[[Sequence[int]], float], documents: int) -> float:
     """Standard error of a statistic of documents 0 to n - 1, by leaving out one group at a time.
 
     With up to GROUPS documents each is a group, and for a mean this is its textbook standard error.
-    nan for fewer than two documents, or where the statistic is not defined without a group.
+    More are put into groups at random, with a fixed seed: their order may mean something. nan for
+    fewer than two documents, or where the statistic is not defined without a group.
     """
     groups = min(documents, GROUPS)
     if groups < 2:
         return math.nan
+    order = list(range(documents))
+    random.Random(0).shuffle(order)
+    group_of = {document: place % groups for place, document in enumerate(order)}
     try:
         left_out = [
-            statistic([i for i in range(documents) if i % groups != group])
+            statistic([i for i in range(documents) if group_of[i] != group])
             for group in range(groups)
         ]
     except (ZeroDivisionError, ValueError, OverflowError):

@@ -15,11 +15,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lm_eval import evaluate
+from lm_eval.api.metrics import mean
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from prune_llm.activation.levels import DENSE, LevelTable
@@ -147,6 +149,7 @@ def evaluate_tasks(
             runs.append(_run(label, lm, loaded, config))
             if lm.gates is not None:
                 skipped[label] = lm.gates.sparsity
+        del lm  # before the next one is loaded
     rows = _task_rows(runs, loaded) + _group_rows(runs, loaded)
     notes = _notes(runs, config)
     return TaskReport(rows, [run.model for run in runs], skipped, notes, version("lm-eval"))
@@ -266,10 +269,8 @@ def _task_rows(runs: Sequence[_Run], loaded: LoadedTasks) -> list[TaskRow]:
 
 def _aggregate(task: Any, metric: str) -> Callable[[Sequence[Any]], float]:
     """lm-eval's; a mean for metrics without one, as lm-eval does."""
-    from lm_eval.api.metrics import mean
-
     found: Callable[[Sequence[Any]], float] = task.aggregation().get(metric, mean)
-    return found
+    return fmean if found is mean else found
 
 
 def _row(
