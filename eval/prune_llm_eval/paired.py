@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from statistics import fmean, stdev
 from typing import Any
 
@@ -122,10 +123,10 @@ def _number(value: Any) -> float | None:
 
     None for anything else, such as pairs of texts that only a whole corpus gives a value.
     """
-    if isinstance(value, int | float):
+    if isinstance(value, Real):  # numpy's numbers too
         return float(value)
     if isinstance(value, tuple | list) and len(value) == 2:
         loglikelihood, units = value
-        if isinstance(loglikelihood, int | float) and isinstance(units, int | float) and units:
-            return -loglikelihood / units
+        if isinstance(loglikelihood, Real) and isinstance(units, Real) and units:
+            return -float(loglikelihood) / float(units)
     return None

@@ -336,6 +336,27 @@ def test_the_command_prints_and_writes(cli: Cli, packed: Path, tasks: Path, tmp_
     }  # fmt: skip
 
 
+def test_what_lm_eval_does_in_silence_is_said(packed: Path, tmp_path: Path) -> None:
+    lines = [
+        {"text": f"{animal} " * 50, "choices": [" dog", " egg"], "label": 0}
+        for animal in ("fox", "hen")
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = CHOICE + "num_fewshot: 0" + DATA.format(data=tmp_path / "data.jsonl")
+    (tmp_path / "task.yaml").write_text(task)
+    config = TaskConfig(("my_choice",), 3, include_path=str(tmp_path), device="cpu")
+    report = evaluate_tasks(str(packed), None, config, lambda *_: None)
+    cut, shots = report.notes
+    assert "4 warnings of lm-eval that texts were cut on the left" in cut
+    assert shots == "my_choice: stays 0-shot, as its definition says"
+
+
+def test_without_lm_eval_the_extra_is_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments in (("eval", "MODEL", "--tasks", "arc_easy"), ("lm-eval", "ls", "tasks")):
+        one_line(cli(*arguments), "lm-eval is not installed: pip install 'prune-llm[eval]'")
+
+
 BAD = [
     (["--tasks", "my_choise"], "task 'my_choise': unknown; did you mean my_choice"),
     (["--tasks", "nothing_*"], "task 'nothing_*': unknown"),
