@@ -108,8 +108,9 @@ void sum_channels(const ChannelWeight* w, const ChannelList* list, int64_t tile,
     }
     int64_t fetched = 0;
     for (int64_t c = 0; c < width; c += kWord) {
+      // to the second cache: requests of the first are too few to hide memory's delay (measured)
       for (; fetched < (c / kWord + 1) * step; fetched += 64)
-        UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 0);
+        UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 2);
       add_word<P, Packed, B>(s.at, x, sums + c, width);
     }
     if ((n + kGroup) % sum_channels_of<typename P::Elem>() == 0) {
