@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prune_llm.activation.levels import ActivationSite, LevelTable
 from prune_llm.architecture import Linear, _decoder_blocks, _linears, matches
-from prune_llm.sites import _complete, _observe
 from prune_llm.channel_linear import ChannelLinear
+from prune_llm.sites import _complete, _observe
 from prune_llm.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
