@@ -109,19 +109,71 @@ main.add_command(frontier_command)
     show_default=True,
     help="How levels are scored: all-sparse, or first-half-dense as in the papers.",
 )
+@click.option("--tasks", help="lm-eval tasks instead of perplexity: names, groups, 'mmlu_*', YAML.")
+@click.option("--num-fewshot", type=int, help="Examples before each question.  [default: task's]")
+@click.option("--limit", type=int, help="Only the first so many documents of each task.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences run at once.")
+@click.option("--include-path", help="Directory with further task files.")
+@click.option("--apply-chat-template", is_flag=True, help="Send prompts as a user's messages.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
-def eval_command(model: str, against: str | None, json_file: str | None, **options: Any) -> None:
-    """Token perplexity of MODEL on a text, and its KL to the dense model."""
+@click.pass_context
+def eval_command(
+    ctx: click.Context,
+    /,
+    model: str,
+    against: str | None,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Token perplexity of MODEL on a text and its KL to the dense model, or lm-eval tasks."""
     from prune_llm_eval.compare import EvalConfig, evaluate
 
     _check_folder("json", json_file)
+    file = None if json_file is None else Path(json_file)
+    chosen = _tasks_or_text(ctx, options)
+    if options["tasks"] is not None:
+        from prune_llm.cli_tasks import run_tasks
+
+        run_tasks(console, errors, model, against, chosen, file)
+        return
     with eval_bar() as show:
-        rows = evaluate(model, against, EvalConfig(**options), show)
+        rows = evaluate(model, against, EvalConfig(**chosen), show)
     print_quality(console, rows)
     if options["protocol"] != "all-sparse":
         console.print(f"protocol {options['protocol']}: only the second half of a window is scored")
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_template")
+TEXT_OPTIONS = ("text", "separator", "seq_len", "windows", "protocol")
+
+
+def _tasks_or_text(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the one that was asked for; the other's options must not be given."""
+    tasks = options["tasks"]
+    other = TASK_OPTIONS if tasks is None else TEXT_OPTIONS
+    default = click.core.ParameterSource.DEFAULT
+    given = [name for name in other if ctx.get_parameter_source(name) is not default]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise click.UsageError(f"{flag} {'needs' if tasks is None else 'does not go with'} --tasks")
+    kept = {name: value for name, value in options.items() if name not in (*other, "tasks")}
+    if tasks is not None:
+        kept["tasks"] = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    return kept
+
+
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval_command(arguments: tuple[str, ...]) -> None:
+    """lm-eval's own command, with the model prune-llm: pretrained=DIR,level=40%."""
+    from prune_llm.cli_tasks import need_lm_eval
+
+    need_lm_eval()
+    from prune_llm_eval.harness import run_lm_eval
+
+    run_lm_eval(arguments)
 
 
 def _check_folder(option: str, file: str | None) -> None:

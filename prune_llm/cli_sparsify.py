@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import Progress as Bar
 
 from prune_llm.activation.allocation import ALLOCATIONS
 from prune_llm.activation.levels import CRITERIA
@@ -92,7 +94,7 @@ def print_levels(console: Console, report: SparsifyReport) -> None:
     tokens = report.levels[0]["texts"][text]["tokens"]
     where = report.config["held_out"] or "held-out windows"
     table = new_table(
-        f"on {tokens} tokens of {where} (dense {report.dense_ppl[text]:.4f})", COLUMNS
+        f"on {tokens} tokens of {where} (dense ppl {report.dense_ppl[text]:.4f})", COLUMNS
     )
     for level in report.levels:
         table.add_row(*_cells(level, text))
@@ -127,27 +129,13 @@ def _cells(level: dict[str, Any], text: str) -> list[str]:
     ]
 
 
-def _bar() -> Any:
+@contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
     """A bar with what is being done; on a pipe it is silent."""
-    from contextlib import contextmanager
-
-    from rich.progress import Progress as Bar
-
     from prune_llm.cli import errors
 
-    @contextmanager
-    def opened() -> Any:
-        with Bar(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-            task = bar.add_task("loading", total=None)
-
-            def show(progress: Progress) -> None:
-                bar.update(
-                    task,
-                    total=progress.total,
-                    completed=progress.done,
-                    description=progress.phase,
-                )
-
-            yield show
-
-    return opened()
+    with Bar(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda now: bar.update(
+            task, total=now.total, completed=now.done, description=now.phase
+        )

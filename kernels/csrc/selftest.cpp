@@ -193,6 +193,7 @@ int main() {
     test_faults(*isas[i]);
     test_concurrent_calls(*isas[i]);
     test_tokens_and_plans(*isas[i]);
+    test_channels(*isas[i]);
     std::printf("%s: done, %s threads\n", isas[i]->name, thread_pool_name());
   }
   std::printf(failures ? "%d FAILED\n" : "all passed\n", failures);

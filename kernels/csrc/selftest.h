@@ -16,3 +16,4 @@ void encode(DType dtype, float value, char* out);
 float decode(DType dtype, const char* in);
 
 void test_tokens_and_plans(const Isa& isa);
+void test_channels(const Isa& isa);

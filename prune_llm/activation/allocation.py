@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prune_llm.activation.balance import balance
 from prune_llm.activation.curve import Curve, Task
-from prune_llm.activation.exchange import exchange
 from prune_llm.activation.greedy import greedy
 
 
@@ -17,5 +17,5 @@ def uniform(task: Task) -> Curve:
 ALLOCATIONS: dict[str, Callable[[Task], Curve]] = {
     "uniform": uniform,
     "greedy": greedy,
-    "global": exchange,
+    "global": balance,
 }

@@ -21,8 +21,9 @@ class Curve:
     """Site sparsities as a function of the overall one, straight between its anchors.
 
     Attributes:
-        anchors: pairs of an overall sparsity and the vector [sites] whose weighted mean it is, from
-            (0, zeros) to (1, ones). Between two anchors the weighted mean is exact too.
+        anchors: pairs of an overall sparsity and the vector [sites] that stands for it, from
+            (0, zeros) to (1, ones). Where the vectors' weighted means are the overall sparsities,
+            they are so between the anchors too.
     """
 
     anchors: tuple[tuple[float, tuple[float, ...]], ...]

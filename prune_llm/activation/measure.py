@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +59,7 @@ class GatedModel:
     scales: tuple[Tensor | None, ...]
     first_dense: FirstDense = 1
     tick: Tick = lambda: None
-    _kept: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    _kept: tuple[Tensor, list[Tensor]] | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, criterion: str, ignore: tuple[str, ...] = ()) -> GatedModel:
@@ -124,12 +124,10 @@ class GatedModel:
         if windows_ST.numel() * self._vocabulary > KEPT_LOGITS:
             yield from (self._logs(ids_BT) for ids_BT in self._batches(windows_ST))
             return
-        # the windows are kept beside, so that their id stays theirs
-        kept = self._kept.get(id(windows_ST))
-        if kept is None:
+        if self._kept is None or self._kept[0] is not windows_ST:
             logs = [self._logs(ids_BT).cpu() for ids_BT in self._batches(windows_ST)]
-            kept = self._kept[id(windows_ST)] = windows_ST, logs
-        yield from kept[1]
+            self._kept = windows_ST, logs
+        yield from self._kept[1]
 
     @property
     def _vocabulary(self) -> int:

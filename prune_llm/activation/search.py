@@ -54,7 +54,7 @@ def matching_sparsity(realised: Callable[[float], float], wanted: float) -> floa
     planned = wanted
     for _ in range(CORRECTIONS):
         missing = wanted - realised(planned)
-        if abs(missing) <= RESOLUTION / 4:
+        if abs(missing) <= RESOLUTION:
             break
         planned = min(max(planned + missing, 0.0), 1.0)
     return planned

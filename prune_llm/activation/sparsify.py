@@ -263,15 +263,25 @@ class _Run:
                 name = level_name(wanted)
                 planned = matching_sparsity(self._realised(name, quantiles, curve), wanted)
                 found[name] = quantiles.thresholds(curve.at(planned))
-        for target in sorted(self.config.max_ppl_increase):
-            name = target_name(target)
-            # found with the cheapest allocation first, so that the asked one knows where to work
-            curve = ALLOCATIONS["uniform"](self._task(quantiles, ()))
-            near = largest_sparsity(self._increase(name, quantiles, curve), target)
-            curve = self._curve(quantiles, (near,))
-            best = largest_sparsity(self._increase(name, quantiles, curve), target)
-            found[name] = quantiles.thresholds(curve.at(best))
+        if self.config.max_ppl_increase:
+            found |= self._within_targets(quantiles)
         return found
+
+    def _within_targets(self, quantiles: Quantiles) -> dict[str, list[float]]:
+        """Found with the cheapest allocation first, so that the asked one knows where to work."""
+        targets = sorted(self.config.max_ppl_increase)
+        curve = ALLOCATIONS["uniform"](self._task(quantiles, ()))
+        best = [self._largest(quantiles, curve, target) for target in targets]
+        if self.config.allocation != "uniform":
+            curve = self._curve(quantiles, tuple(best))
+            best = [self._largest(quantiles, curve, target) for target in targets]
+        return {
+            target_name(target): quantiles.thresholds(curve.at(planned))
+            for target, planned in zip(targets, best, strict=True)
+        }
+
+    def _largest(self, quantiles: Quantiles, curve: Curve, target: float) -> float:
+        return largest_sparsity(self._increase(target_name(target), quantiles, curve), target)
 
     def _task(self, quantiles: Quantiles, targets: tuple[float, ...]) -> Task:
         return Task(self.gated, quantiles, self.texts.fit_ST, targets)

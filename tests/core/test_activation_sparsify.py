@@ -14,7 +14,7 @@ from torch import Tensor
 
 import prune_llm
 from prune_llm import PruneConfig, prune
-from prune_llm.activation import exchange
+from prune_llm.activation import balance
 from prune_llm.activation import greedy as greedy_module
 from prune_llm.activation.allocation import ALLOCATIONS
 from prune_llm.activation.curve import Task, units
@@ -114,12 +114,13 @@ def task(tiny_llama: Path, corpus: Path) -> Task:
 def test_allocations_keep_the_budget_and_are_deterministic(
     name: str, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exchange, "ROUNDS", (0.06,))
-    monkeypatch.setattr(exchange, "MEASUREMENTS", 1)
+    monkeypatch.setattr(balance, "ROUNDS", ((0.06, 0.8),))
     curve = ALLOCATIONS[name](task)
     for overall in (0.0, 0.1, 0.2, 0.3, 0.7):
         shares = curve.at(overall)
-        assert task.gated.mean(shares) == pytest.approx(overall, abs=1e-6)
+        # global's realise it, on the windows it was measured on
+        near = 0.05 if name == "global" else 1e-6
+        assert task.gated.mean(shares) == pytest.approx(overall, abs=near)
         assert all(0 <= share <= 1 for share in shares)
     assert ALLOCATIONS[name](task) == curve
 
@@ -140,7 +141,7 @@ def test_greedy_steps_are_in_weights(task: Task) -> None:
 
 def test_hadamard_columns_are_orthogonal() -> None:
     for least in (1, 2, 5, 21):
-        matrix = exchange.hadamard(least)
+        matrix = balance.hadamard(least)
         assert len(matrix) >= least and (matrix[:, 0] == 1).all()
         assert torch.equal(matrix.T @ matrix, len(matrix) * torch.eye(len(matrix)).double())
 

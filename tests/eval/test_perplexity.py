@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from tiny_models import llama_config, save_model
 from transformers import AutoModelForCausalLM
 
+from prune_llm.activation.gates import Gates
+from prune_llm.activation.sites import find_sites
 from prune_llm_eval.compare import EvalConfig, evaluate
 from prune_llm_eval.perplexity import compare, token_perplexity
 
@@ -45,6 +48,26 @@ def test_equals_the_definition(pair: list[Any]) -> None:
     assert other.kl == pytest.approx(float(kl), rel=1e-3)
     assert other.flips == pytest.approx(float(flips), abs=1e-9)
     assert token_perplexity(pair[1], windows).token_ppl == other.token_ppl
+
+
+def test_context_is_read_and_not_scored(pair: list[Any]) -> None:
+    windows = torch.randint(0, 264, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logs = pair[0](windows).logits.double().log_softmax(-1)[:, 9:-1]
+    nll = -logs.gather(2, windows[:, 10:, None]).mean()
+    (quality,) = compare([pair[0]], windows, against_first=False, context=10)
+    assert quality.nll == pytest.approx(float(nll), rel=1e-5) and quality.tokens == 30
+
+
+def test_gates_are_entered_around_their_model_only(pair: list[Any]) -> None:
+    """The same model twice, once with every input of its linears skipped."""
+    sites = find_sites(pair[0])
+    everything = Gates(sites, [None] * len(sites), [1e9] * len(sites))
+    windows = torch.randint(0, 264, (3, 20), generator=torch.Generator().manual_seed(0))
+    models, gates = [pair[0]] * 3, [nullcontext(), everything, nullcontext()]
+    dense, gated, same = compare(models, windows, against_first=True, gates=gates)
+    assert same.kl == 0 and same.nll == dense.nll and gated.kl > 0.01
+    assert everything.sparsity == 1.0
 
 
 def test_a_model_does_not_differ_from_itself(pair: list[Any]) -> None:
