@@ -2,14 +2,15 @@
 
 For each sparsity of the weights the model is pruned, and the activation sparsity is raised until
 the two together reach the target. What keeps it is timed: every combination once in each round, in
-turns, loaded anew, so that only one model is in memory. The checkpoints lie side by side on disk
-until the fastest is known.
+turns on the CPU, loaded anew, so that only one model is in memory. The checkpoints lie side by side
+on disk until the fastest is known.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import Tensor
 from prune_llm.activation.copying import copy_weights
 from prune_llm.activation.levels import DENSE, LevelTable
 from prune_llm.activation.search import TargetNotMet
+from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import LEAST_WINDOWS
@@ -254,7 +256,10 @@ class _Run:
         feasible = increase["search"] <= self.config.max_ppl_increase
         nbytes = open_stored(folder).nbytes
         plain = Combination(sparsity, DENSE, 0.0, increase, nbytes, feasible)
-        skipping = self._skip(plain, folder) if feasible else None
+        if not feasible:
+            shutil.rmtree(folder)
+            return [plain]
+        skipping = self._skip(plain, folder)
         return [plain] if skipping is None else [plain, skipping]
 
     def _prune(self, sparsity: float, folder: Path) -> dict[str, float]:
@@ -286,6 +291,8 @@ class _Run:
             report = add_levels(folder, config, tell, self.windows.apart, self.dense)
         except TargetNotMet:
             return None
+        report.model, report.output = self.report.model, self.report.output
+        report.save(folder / LEVELS_REPORT_FILE)
         level = report.levels[0]
         increase = {name: level["texts"][name]["ppl_increase"] for name in self.dense}
         return replace(

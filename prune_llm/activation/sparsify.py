@@ -27,7 +27,7 @@ from prune_llm.sparse_checkpoint import open_stored
 
 REPORT_FILE = "activation_report.json"
 DEFAULT_SPARSITIES = (0.25, 0.4, 0.5)
-# negative log likelihoods by text, as `_figures` names them
+# negative log likelihoods by text: "search", "held_out" and, where there is one, "other"
 Base = Mapping[str, float]
 
 
@@ -178,7 +178,8 @@ def add_levels(
 
     Args:
         texts: windows that were drawn already; the text settings of ``config`` are not read then.
-        base: what increases are measured over; None: the directory's own dense level.
+        base: negative log likelihoods, by text, of the dense model before pruning: increases are
+            over them then, and not over the directory's own dense level.
     """
     started = time.perf_counter()
     run = _Run.start(directory, config, on_progress, texts, base)
@@ -252,6 +253,8 @@ class _Run:
             report.levels.append(_entry(levels[-1], figures, base, self.gated))
         sites = tuple(site.site for site in self.gated.sites)
         settings = {"allocation": self.config.allocation, **self.texts.source}
+        if self.base is not None:
+            settings["ppl_increase_over"] = "the dense model before pruning"
         return LevelTable(self.config.criterion, sites, tuple(levels), settings), report
 
     def _thresholds(self, quantiles: Quantiles) -> dict[str, list[float]]:

@@ -69,6 +69,8 @@ def test_the_fastest_combination_is_written(
     assert saved["rows"][4]["tokens_per_second"] is None and saved["untried"] == [0.95]
     assert (tmp_path / "out" / "prune_report.json").is_file()
     assert prune_llm.info(tmp_path / "out", verify=True).levels == ["ppl-20%"]
+    saved = json.loads((tmp_path / "out" / "activation_report.json").read_text())
+    assert saved["output"] == str(tmp_path / "out") and saved["model"] == str(model_path())
     # the total increase of the checkpoint that was written, over the dense model
     dense, loaded = prune_llm.load(model_path()), prune_llm.load(tmp_path / "out")
     table = read_table(loaded)
