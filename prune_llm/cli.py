@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from prune_llm import __version__
+from prune_llm.cli_frontier import frontier_command
+from prune_llm.cli_prune import prune_command
 from prune_llm.cli_sparsify import sparsify_command
-from prune_llm.cli_tables import print_info, print_prune_report, print_quality
-from prune_llm.methods import METHODS
-from prune_llm.prune import FORMATS, TARGETS, Progress, PruneConfig, prune
+from prune_llm.cli_tables import print_info, print_quality
+from prune_llm.prune import Progress
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
 
 
 class OneLineErrors(click.Group):
@@ -62,54 +61,6 @@ def main(traceback: bool) -> None:
     """Make large language models sparse, and serve them faster."""
 
 
-def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
-    """A click option that stands for the PruneConfig field of the same name."""
-    flag = "--" + name.replace("_", "-")
-    return click.option(
-        flag, name, default=DEFAULTS[name], show_default=DEFAULTS[name] is not None, **settings
-    )
-
-
-@main.command("prune")
-@click.argument("model")
-@click.option("-o", "--output", required=True, help="Directory to write; new or empty.")
-@_option("method", help=f"Pruning method: {', '.join(METHODS)}.")
-@click.option("--sparsity", help="Share of weights to prune, such as 0.5.  [default: 0.5]")
-@click.option("--pattern", help="N:M (N weights kept of every M inputs) such as 2:4, or a share.")
-@_option("calibration", help="Text, JSONL, dataset NAME[:CONFIG[:SPLIT]] or 'bundled' stories.")
-@_option("separator", help="Line between the documents of a text file.")
-@_option("samples", type=int, help="Calibration samples.")
-@_option("seq_len", type=int, help="Tokens a sample; the model's context, at most 2048.")
-@_option("sampling", help="Which windows of the text: random or first.")
-@_option("seed", type=int, help="Seed of the sampling.")
-@_option("device", help="auto, cpu, cuda or cuda:N.")
-@_option("dtype", help="Dtype of the calibration runs: auto, float32, bfloat16, float16.")
-@_option("damping", type=float, help="Share of the mean diagonal added to the Gram matrix.")
-@_option("column_block", type=int, help="Columns that SparseGPT updates together.")
-@_option("target", help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.")
-@_option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]")
-@click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'.")
-@_option("format", help=f"How weights are stored: {', '.join(FORMATS)}.")
-def prune_command(
-    model: str, output: str, sparsity: str | None, pattern: str | None, **options: Any
-) -> None:
-    """Prune MODEL (a directory or a hub name) block by block and write a checkpoint."""
-    if sparsity is not None and pattern is not None:
-        raise click.UsageError("give --sparsity or --pattern, not both")
-    if sparsity is not None and ":" in sparsity:
-        raise ValueError(f"sparsity {sparsity!r}: must be a share in (0, 1); N:M goes to --pattern")
-    options["pattern"] = sparsity or pattern or DEFAULTS["pattern"]
-    try:
-        config = PruneConfig(**options)
-    except ValueError as error:
-        asked = "pattern" if sparsity is None else "sparsity"
-        raise ValueError(str(error).replace("pattern ", f"{asked} ", 1)) from None
-    with progress_bar() as show:
-        report = prune(model, config, output, show)
-    print_prune_report(console, report)
-    console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]", soft_wrap=True)
-
-
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left; on a pipe it is silent."""
@@ -127,13 +78,19 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("reading the model", total=None)
 
         def show(progress: Progress) -> None:
-            text = f"block {progress.block + 1}/{progress.blocks} {progress.phase}"
-            bar.update(task, total=progress.total, completed=progress.done, description=text)
+            bar.update(
+                task,
+                total=progress.total,
+                completed=progress.done,
+                description=progress.text,
+            )
 
         yield show
 
 
+main.add_command(prune_command)
 main.add_command(sparsify_command)
+main.add_command(frontier_command)
 
 
 @main.command("eval")

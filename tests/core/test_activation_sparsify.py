@@ -190,7 +190,7 @@ def test_another_text_gives_the_figures(tiny_llama: Path, corpus: Path, tmp_path
     other.write_text("0123456789 ABCDEFG " * 40)
     config = small(corpus, held_out=str(other), activation_sparsity=(0.3,))
     report = sparsify(tiny_llama, config, tmp_path / "out")
-    assert set(report.dense_ppl) == {"held_out", "other"}
+    assert set(report.dense_ppl) == {"search", "held_out", "other"}
     table = read_table(prune_llm.load(tmp_path / "out"))
     assert table is not None
     assert table.levels[0].sparsity == report.levels[0]["texts"]["other"]["sparsity"]
