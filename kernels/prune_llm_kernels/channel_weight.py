@@ -18,7 +18,8 @@ from prune_llm_kernels.dispatch import backend_for
 from prune_llm_kernels.packed_weight import PackedWeight
 
 WORD = 64  # outputs of a mask word
-MIN_TILE, MAX_TILE = 256, 2048  # outputs whose sums stay in the first cache
+MIN_TILE, MAX_TILE = 256, 4096  # outputs whose sums stay in the first cache
+PARTS = 4  # threads that can share a tile
 SLACK = 64  # elements that wide loads may read behind the last chunk
 
 
@@ -98,12 +99,10 @@ def _dense_channels(weight_OI: Tensor, tile: int) -> ChannelWeight:
 
 
 def choose_tile(out_features: int) -> int:
-    """As wide as may be, so that memory is read in long runs, and the same number for each thread.
+    """As wide as may be, so that memory is read in long runs; more tiles only for many threads.
 
-    Measured at 4096 x 4096, both sparsities 0.5: 2048 outputs are 1.3 times as fast as 1024.
+    Threads also share a tile, by channels: see csrc/channel_ops.cpp.
     """
-    threads = torch.get_num_threads()
-    tiles = -(-out_features // MAX_TILE)
-    tiles = -(-tiles // threads) * threads
+    tiles = max(-(-out_features // MAX_TILE), -(-torch.get_num_threads() // PARTS))
     width = max(min(MIN_TILE, out_features), -(-out_features // tiles), 1)
     return -(-width // WORD) * WORD
