@@ -1,4 +1,4 @@
-"""Speed of channel-major products that skip zero weights and small inputs, against torch's dense op.
+"""Speed of channel-major products that skip zero weights and small inputs, beside torch's dense op.
 
     python kernels/bench/bench_channels.py                    the whole table (minutes)
     python kernels/bench/bench_channels.py --shapes 4096x4096 --cases W50A50

@@ -10,7 +10,7 @@
 enum {
   kWord = 64,         // outputs of a word
   kGroup = 8,         // channels added in one pass over the sums; lists are padded to a multiple
-  kMaxTile = 4096,    // outputs: their float sums stay in the first cache
+  kMaxTile = 8192,    // outputs: their float sums stay in the first cache
   kListSlack = 32,    // entries that writing a list may touch behind its end
 };
 

@@ -18,7 +18,7 @@ from prune_llm_kernels.dispatch import backend_for
 from prune_llm_kernels.packed_weight import PackedWeight
 
 WORD = 64  # outputs of a mask word
-MIN_TILE, MAX_TILE = 256, 4096  # outputs whose sums stay in the first cache
+MIN_TILE, MAX_TILE = 256, 8192  # outputs whose sums stay in the first cache
 PARTS = 4  # threads that can share a tile
 SLACK = 64  # elements that wide loads may read behind the last chunk
 
