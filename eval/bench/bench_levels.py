@@ -5,8 +5,8 @@
 
 The model is bench_decode.py's. Thresholds are quantiles of what random tokens put into the linears,
 the same sparsity at every site: speed depends on how many inputs are skipped, not on which. All
-take turns, figures are medians. Then: what verifying several drafted tokens costs, and how many of them
-must be right for a sparse draft to pay.
+take turns, figures are medians. Then: what verifying several drafted tokens costs, and how many of
+them must be right for a sparse draft to pay.
 """
 
 from __future__ import annotations

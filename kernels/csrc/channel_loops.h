@@ -48,34 +48,34 @@ template <class P> INLINE const char* chunk_at(const ChannelWeight* w, int64_t t
   return (const char*)w->data + element * bytes;
 }
 
+// Weights of kCols outputs of one channel, from bit c of its word on; moves *at behind them.
+template <class P, bool Packed>
+INLINE typename P::W next_columns(uint64_t mask, int c, const char** at) {
+  typedef typename P::Elem Elem;
+  const Elem* value = (const Elem*)*at;
+  if (!Packed) {
+    *at += sizeof(Elem) * P::kCols;
+    return P::load(value);
+  }
+  const auto bits = (typename MaskWord<P::kCols>::type)(mask >> c);
+  *at = (const char*)(value + __builtin_popcountll(bits));
+  return P::expand(bits, value);
+}
+
 // One word of kWord outputs of a group of channels, added to the sums of B rows.
 template <class P, bool Packed, int B>
 INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64_t pitch) {
-  typedef typename P::Elem Elem;
   typedef Columns<P> C;
   uint64_t mask[kGroup];
-  if (Packed) {
-    UNROLL for (int k = 0; k < kGroup; ++k) {
-      mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
-      at[k] += kMaskBytes;
-    }
+  UNROLL for (int k = 0; Packed && k < kGroup; ++k) {
+    mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
+    at[k] += kMaskBytes;
   }
   UNROLL for (int c = 0; c < kWord; c += P::kCols) {
     typename C::Mix mix[kGroup / 2];
     UNROLL for (int k = 0; k < kGroup; k += 2) {
-      typename P::W w[2];
-      UNROLL for (int j = 0; j < 2; ++j) {
-        const Elem* value = (const Elem*)at[k + j];
-        if (Packed) {
-          const auto bits = (typename MaskWord<P::kCols>::type)(mask[k + j] >> c);
-          w[j] = P::expand(bits, value);
-          at[k + j] += (int64_t)sizeof(Elem) * __builtin_popcountll(bits);
-        } else {
-          w[j] = P::load(value);
-          at[k + j] += sizeof(Elem) * P::kCols;
-        }
-      }
-      mix[k / 2] = C::mix(w[0], w[1]);
+      const auto first = next_columns<P, Packed>(mask[k], c, &at[k]);
+      mix[k / 2] = C::mix(first, next_columns<P, Packed>(mask[k + 1], c, &at[k + 1]));
     }
     UNROLL for (int b = 0; b < B; ++b) {
       float* place = sums + b * pitch + c;
@@ -86,6 +86,7 @@ INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64
   }
 }
 
+// sums [B] of the tile's width = the listed channels times their inputs.
 template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
   const ChannelWeight* w = a->weight;
   const ChannelList* list = a->list;

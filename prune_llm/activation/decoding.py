@@ -83,6 +83,10 @@ class PlanGates:
         self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64)
         self._site_of = {name: s for s, site in enumerate(sites) for name in site.linears}
 
+    def site(self, linear: str) -> int | None:
+        """The number of the site that a linear reads."""
+        return self._site_of.get(linear)
+
     def gate(self, linear: str) -> Gate | None:
         """Of the site that a linear reads, by its name in the model; None: it has no threshold."""
         s = self._site_of.get(linear)
