@@ -33,9 +33,11 @@ def run_generate(
 
 def _with_draft(settings: dict[str, Any]) -> dict[str, Any]:
     """The options --draft-level and --draft-tokens as one `Draft`."""
-    given = {"level": settings.pop("draft_level", None), "tokens": settings.pop("draft_tokens", 3)}
-    if given["level"] is not None:
-        settings["draft"] = Draft(**given)
+    level, tokens = settings.pop("draft_level", None), settings.pop("draft_tokens", None)
+    if level is None and tokens is not None:
+        raise click.UsageError("--draft-tokens needs --draft-level")
+    if level is not None:
+        settings["draft"] = Draft(level) if tokens is None else Draft(level, tokens)
     return settings
 
 

@@ -33,7 +33,7 @@ template <class P> struct Columns {
 
 // Channels summed before their sums are added up: a running sum of thousands loses digits.
 template <class Elem> constexpr int64_t sum_channels_of() { return sizeof(Elem) == 4 ? 32 : 512; }
-constexpr int64_t kMaskBytes = kWord / 8;
+constexpr int64_t kMaskBytes = kWord / 8, kNearBytes = 256;
 
 // Where a pass stands in one channel's chunk, and in the chunk that is fetched ahead of it.
 struct Streams {
@@ -114,6 +114,8 @@ template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
       // to the second cache: requests of the first are too few to hide memory's delay (measured)
       for (; fetched < (c / kWord + 1) * step; fetched += 64)
         UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 2);
+      // and a little ahead to the first
+      UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.at[k] + kNearBytes, 0, 3);
       add_word<P, Packed, B>(s.at, x, sums + c, width);
     }
     const bool pause = (n + kGroup - a->begin) % sum_channels_of<typename P::Elem>() == 0;
