@@ -91,7 +91,18 @@ class PlanGates:
         return Gate(self._thresholds_SB[s], self._levels.scales[s], self._counts_S3[s])
 
     def choose(self, row: int, level: Level | None) -> None:
-        """What a row skips from now on; None leaves the row out."""
+        """What a row skips from now on; None leaves the row out.
+
+        Raises:
+            ValueError: the level has a threshold for every linear. Plans record one gate for
+                linears that read the same input.
+        """
+        table = self._levels.table
+        if level is not None and level.name != DENSE and table.by_linear:
+            raise ValueError(
+                f"level {level.name!r}: has a threshold for every linear, which the decode kernels "
+                "do not read; make levels with --granularity site, or use the level 'dense'"
+            )
         if level is None:
             self._thresholds_SB[:, row] = torch.inf
         elif level.name == DENSE:

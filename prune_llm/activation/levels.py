@@ -60,7 +60,7 @@ class LevelTable:
 
     Attributes:
         criterion: one of CRITERIA.
-        calibration: what the thresholds were taken from, with its hash.
+        calibration: what the thresholds were taken from, with its hash, and how.
     """
 
     criterion: str
@@ -71,6 +71,11 @@ class LevelTable:
     @property
     def names(self) -> list[str]:
         return [DENSE, *(level.name for level in self.levels)]
+
+    @property
+    def by_linear(self) -> bool:
+        """Whether linears that read the same input may have thresholds that differ."""
+        return self.calibration.get("granularity") == "linear"
 
     def level(self, name: str) -> Level:
         """ValueError, listing the levels there are, where there is none of that name."""
