@@ -12,6 +12,7 @@ from prune_llm.masks import Pattern as Pattern
 from prune_llm.prune import Progress as Progress
 from prune_llm.prune import PruneConfig as PruneConfig
 from prune_llm.prune import prune as prune
+from prune_llm.pruning_level import prune_within as prune_within
 from prune_llm.registration import register_when_imported
 from prune_llm.report import PruneReport as PruneReport
 from prune_llm.sampling import SamplingParams as SamplingParams

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,16 +74,57 @@ def load_calibration(source: Source, tokenizer: PreTrainedTokenizerBase) -> Cali
     Raises:
         ValueError: nothing to read, or fewer tokens than one sample needs.
     """
-    wanted = None if source.samples is None else source.samples * source.seq_len
-    stop = wanted if _is_endless(source.name) else None
+    found = _read_windows(source, tokenizer, source.samples)
+    count = len(found.samples_ST)
+    if source.samples is None or source.samples >= count:
+        return found
+    return _chosen(found, _order(source, count)[: source.samples])
+
+
+def load_apart(
+    source: Source, others: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Calibration, Calibration]:
+    """``source.samples`` windows, and ``others`` that are none of them.
+
+    Of a file the first are those that `load_calibration` gives. A text too short for all is shared
+    out in proportion.
+
+    Raises:
+        ValueError: nothing to read, or fewer tokens than two windows need.
+    """
+    assert source.samples is not None
+    wanted = source.samples + others
+    found = _read_windows(source, tokenizer, wanted)
+    count = len(found.samples_ST)
+    if count < 2:
+        raise ValueError(
+            f"text {source.name!r}: gives one window of {source.seq_len} tokens, and those for "
+            "pruning must not be searched on; give more text or a smaller --seq-len"
+        )
+    own = source.samples if count >= wanted else max(1, count * source.samples // wanted)
+    order = _order(source, count)
+    return _chosen(found, order[:own]), _chosen(found, order[own : own + others])
+
+
+def _read_windows(
+    source: Source, tokenizer: PreTrainedTokenizerBase, wanted: int | None
+) -> Calibration:
+    """All windows of the text; of an endless one about as many as wanted."""
+    stop = None if wanted is None or not _is_endless(source.name) else wanted * source.seq_len
     ids, documents = tokenize(_documents(source), tokenizer, stop)
     windows_ST = cut_windows(ids, source.seq_len, source.name)
-    count = len(windows_ST) if source.samples is None else min(source.samples, len(windows_ST))
-    if source.sampling == "random" and count < len(windows_ST):
-        generator = torch.Generator().manual_seed(source.seed)
-        chosen = torch.randperm(len(windows_ST), generator=generator)[:count].sort().values
-        windows_ST = windows_ST[chosen]
-    return Calibration(windows_ST[:count].clone(), source.name, documents, len(ids))
+    return Calibration(windows_ST, source.name, documents, len(ids))
+
+
+def _order(source: Source, count: int) -> Tensor:
+    """In which windows are taken."""
+    if source.sampling == "first":
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(source.seed))
+
+
+def _chosen(found: Calibration, windows: Tensor) -> Calibration:
+    return replace(found, samples_ST=found.samples_ST[windows.sort().values])
 
 
 def cut_windows(ids: list[int], seq_len: int, name: str) -> Tensor:

@@ -314,9 +314,9 @@ class Staging:
         self.directory.mkdir()
         return self
 
-    def publish(self) -> None:
-        """Give the finished directory its name, in one step."""
-        os.replace(self.directory, self.output)
+    def publish(self, finished: Path | None = None) -> None:
+        """Give the finished directory, or one inside of it, its name, in one step."""
+        os.replace(finished or self.directory, self.output)
 
     def __exit__(self, *_exc: object) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,14 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from prune_llm import __version__
+from prune_llm.cli_frontier import frontier_command
+from prune_llm.cli_prune import prune_command
 from prune_llm.cli_sparsify import sparsify_command
-from prune_llm.cli_tables import print_info, print_prune_report, print_quality
-from prune_llm.methods import METHODS
-from prune_llm.prune import FORMATS, TARGETS, Progress, PruneConfig, prune
+from prune_llm.cli_tables import print_info, print_quality
+from prune_llm.prune import Progress
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
 
 
 class OneLineErrors(click.Group):
@@ -62,54 +61,6 @@ def main(traceback: bool) -> None:
     """Make large language models sparse, and serve them faster."""
 
 
-def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
-    """A click option that stands for the PruneConfig field of the same name."""
-    flag = "--" + name.replace("_", "-")
-    return click.option(
-        flag, name, default=DEFAULTS[name], show_default=DEFAULTS[name] is not None, **settings
-    )
-
-
-@main.command("prune")
-@click.argument("model")
-@click.option("-o", "--output", required=True, help="Directory to write; new or empty.")
-@_option("method", help=f"Pruning method: {', '.join(METHODS)}.")
-@click.option("--sparsity", help="Share of weights to prune, such as 0.5.  [default: 0.5]")
-@click.option("--pattern", help="N:M (N weights kept of every M inputs) such as 2:4, or a share.")
-@_option("calibration", help="Text, JSONL, dataset NAME[:CONFIG[:SPLIT]] or 'bundled' stories.")
-@_option("separator", help="Line between the documents of a text file.")
-@_option("samples", type=int, help="Calibration samples.")
-@_option("seq_len", type=int, help="Tokens a sample; the model's context, at most 2048.")
-@_option("sampling", help="Which windows of the text: random or first.")
-@_option("seed", type=int, help="Seed of the sampling.")
-@_option("device", help="auto, cpu, cuda or cuda:N.")
-@_option("dtype", help="Dtype of the calibration runs: auto, float32, bfloat16, float16.")
-@_option("damping", type=float, help="Share of the mean diagonal added to the Gram matrix.")
-@_option("column_block", type=int, help="Columns that SparseGPT updates together.")
-@_option("target", help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.")
-@_option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]")
-@click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'.")
-@_option("format", help=f"How weights are stored: {', '.join(FORMATS)}.")
-def prune_command(
-    model: str, output: str, sparsity: str | None, pattern: str | None, **options: Any
-) -> None:
-    """Prune MODEL (a directory or a hub name) block by block and write a checkpoint."""
-    if sparsity is not None and pattern is not None:
-        raise click.UsageError("give --sparsity or --pattern, not both")
-    if sparsity is not None and ":" in sparsity:
-        raise ValueError(f"sparsity {sparsity!r}: must be a share in (0, 1); N:M goes to --pattern")
-    options["pattern"] = sparsity or pattern or DEFAULTS["pattern"]
-    try:
-        config = PruneConfig(**options)
-    except ValueError as error:
-        asked = "pattern" if sparsity is None else "sparsity"
-        raise ValueError(str(error).replace("pattern ", f"{asked} ", 1)) from None
-    with progress_bar() as show:
-        report = prune(model, config, output, show)
-    print_prune_report(console, report)
-    console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]", soft_wrap=True)
-
-
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar with the time left; on a pipe it is silent."""
@@ -127,13 +78,19 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("reading the model", total=None)
 
         def show(progress: Progress) -> None:
-            text = f"block {progress.block + 1}/{progress.blocks} {progress.phase}"
-            bar.update(task, total=progress.total, completed=progress.done, description=text)
+            bar.update(
+                task,
+                total=progress.total,
+                completed=progress.done,
+                description=progress.text,
+            )
 
         yield show
 
 
+main.add_command(prune_command)
 main.add_command(sparsify_command)
+main.add_command(frontier_command)
 
 
 @main.command("eval")
@@ -152,19 +109,71 @@ main.add_command(sparsify_command)
     show_default=True,
     help="How levels are scored: all-sparse, or first-half-dense as in the papers.",
 )
+@click.option("--tasks", help="lm-eval tasks instead of perplexity: names, groups, 'mmlu_*', YAML.")
+@click.option("--num-fewshot", type=int, help="Examples before each question.  [default: task's]")
+@click.option("--limit", type=int, help="Only the first so many documents of each task.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences run at once.")
+@click.option("--include-path", help="Directory with further task files.")
+@click.option("--apply-chat-template", is_flag=True, help="Send prompts as a user's messages.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
-def eval_command(model: str, against: str | None, json_file: str | None, **options: Any) -> None:
-    """Token perplexity of MODEL on a text, and its KL to the dense model."""
+@click.pass_context
+def eval_command(
+    ctx: click.Context,
+    /,
+    model: str,
+    against: str | None,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Token perplexity of MODEL on a text and its KL to the dense model, or lm-eval tasks."""
     from prune_llm_eval.compare import EvalConfig, evaluate
 
     _check_folder("json", json_file)
+    file = None if json_file is None else Path(json_file)
+    chosen = _tasks_or_text(ctx, options)
+    if options["tasks"] is not None:
+        from prune_llm.cli_tasks import run_tasks
+
+        run_tasks(console, errors, model, against, chosen, file)
+        return
     with eval_bar() as show:
-        rows = evaluate(model, against, EvalConfig(**options), show)
+        rows = evaluate(model, against, EvalConfig(**chosen), show)
     print_quality(console, rows)
     if options["protocol"] != "all-sparse":
         console.print(f"protocol {options['protocol']}: only the second half of a window is scored")
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if file is not None:
+        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_template")
+TEXT_OPTIONS = ("text", "separator", "seq_len", "windows", "protocol")
+
+
+def _tasks_or_text(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the one that was asked for; the other's options must not be given."""
+    tasks = options["tasks"]
+    other = TASK_OPTIONS if tasks is None else TEXT_OPTIONS
+    default = click.core.ParameterSource.DEFAULT
+    given = [name for name in other if ctx.get_parameter_source(name) is not default]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise click.UsageError(f"{flag} {'needs' if tasks is None else 'does not go with'} --tasks")
+    kept = {name: value for name, value in options.items() if name not in (*other, "tasks")}
+    if tasks is not None:
+        kept["tasks"] = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    return kept
+
+
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval_command(arguments: tuple[str, ...]) -> None:
+    """lm-eval's own command, with the model prune-llm: pretrained=DIR,level=40%."""
+    from prune_llm.cli_tasks import need_lm_eval
+
+    need_lm_eval()
+    from prune_llm_eval.harness import run_lm_eval
+
+    run_lm_eval(arguments)
 
 
 def _check_folder(option: str, file: str | None) -> None:

@@ -72,7 +72,8 @@ def sparsify_command(
     )
     with _bar() as show:
         report = sparsify(model, config, output, show)
-    print_report(console, report)
+    print_levels(console, report)
+    console.print(f"wrote [bold]{report.output}[/] in {report.seconds:.1f} s", soft_wrap=True)
     first = report.levels[0]["name"]
     console.print(f"\nnext: [bold]prune-llm eval {output} --level {first}[/]", soft_wrap=True)
 
@@ -89,7 +90,7 @@ def parse_shares(name: str, texts: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def print_report(console: Console, report: SparsifyReport) -> None:
+def print_levels(console: Console, report: SparsifyReport) -> None:
     """A row for each level, with the sites where least and most is skipped."""
     text = "other" if "other" in report.dense_ppl else "held_out"
     tokens = report.levels[0]["texts"][text]["tokens"]
@@ -114,7 +115,6 @@ def print_report(console: Console, report: SparsifyReport) -> None:
                 f"{other['sparsity']:.2%} at {other['ppl_increase']:+.2%} on {where}",
                 soft_wrap=True,
             )
-    console.print(f"wrote [bold]{report.output}[/] in {report.seconds:.1f} s", soft_wrap=True)
 
 
 def _cells(level: dict[str, Any], text: str) -> list[str]:

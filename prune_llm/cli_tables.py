@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -63,6 +63,18 @@ def print_prune_report(console: Console, report: PruneReport) -> None:
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     console.print(f"wrote [bold]{report.output}[/]", soft_wrap=True)
+
+
+def print_search(console: Console, search: dict[str, Any]) -> None:
+    """What a search for a target in quality found, and what it costs where nothing saw it."""
+    increase, windows = search["ppl_increase"], search["windows"]
+    console.print(
+        f"within {100 * search['max_ppl_increase']:g}%: {search['sparsity']:.0%} pruned costs "
+        f"{increase['search']:+.2%} perplexity on {windows['search']} search windows and "
+        f"[bold]{increase['held_out']:+.2%}[/] on {windows['held_out']} held-out windows that "
+        f"neither pruning nor the search saw; {len(search['tries'])} sparsities were tried",
+        soft_wrap=True,
+    )
 
 
 def _kind_cells(kind: KindResult) -> list[str]:

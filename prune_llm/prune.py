@@ -7,23 +7,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from prune_llm import architecture as arch
-from prune_llm.blocks import Block, Walk
-from prune_llm.calibration import (
-    BUNDLED,
-    Calibration,
-    Sampling,
-    Source,
-    check_seq_len,
-    load_calibration,
-    load_tokenizer,
-)
+from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
+from prune_llm.activation.sparsify import Progress as LevelProgress
+from prune_llm.activation.sparsify import SparsifyConfig, add_levels
+from prune_llm.activation.texts import Texts
+from prune_llm.blocks import Walk
+from prune_llm.calibration import BUNDLED, Calibration, Sampling
 from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
@@ -33,20 +29,22 @@ from prune_llm.checkpoint import (
     StoredTensor,
     companions,
     open_checkpoint,
-    save_part,
     write_shards,
 )
-from prune_llm.dense_target import aimed_at_dense
-from prune_llm.masks import Pattern, Scope, check_keep_mask
+from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
-from prune_llm.methods import METHODS, Method, Problem, Solution
+from prune_llm.methods import METHODS
+from prune_llm.prune_block import prune_block
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
-from prune_llm.statistics import InputStatistics, Needs, all_finite, disable_tf32
+from prune_llm.statistics import disable_tf32
 from prune_llm.verification import verify
+from prune_llm.windows import calibration_warnings, describe, draw_calibration, draw_windows
 
 FORMATS = ("dense", "sparse")
 TARGETS = ("pruned", "dense")
+# of a SparsifyConfig beside a PruneConfig: what both read the same
+LEVELS_SHARE = ("calibration", "separator", "seq_len", "seed", "device", "dtype")
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
 # memory small; narrow models need more to outweigh the cost of a call
 MIN_BATCH_TOKENS, MAX_BATCH_TOKENS, BATCH_VALUES = 512, 4096, 1 << 20
@@ -120,13 +118,25 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` batches; ``block`` (from 0) of ``blocks`` and what is done to it."""
+    """``done`` of ``total`` batches; ``block`` (from 0) of ``blocks`` and what is done to it.
+
+    Attributes:
+        blocks: 0 where the phase is none of a block's; total may be None then: it is not known.
+        step: of a run that prunes several times: "try 2: 42 %".
+    """
 
     done: int
-    total: int
+    total: int | None
     block: int
     blocks: int
     phase: str
+    step: str = ""
+
+    @property
+    def text(self) -> str:
+        """For a progress bar."""
+        block = f"block {self.block + 1}/{self.blocks} " if self.blocks else ""
+        return f"{self.step}{', ' if self.step else ''}{block}{self.phase}"
 
 
 OnProgress = Callable[[Progress], None]
@@ -137,34 +147,116 @@ def prune(
     config: PruneConfig | None = None,
     output: str | os.PathLike[str] = "pruned",
     on_progress: OnProgress | None = None,
+    levels: SparsifyConfig | None = None,
 ) -> PruneReport:
     """Prune ``model`` (directory or hub name) and write the checkpoint ``output``.
 
-    One decoder block is in memory at a time. The output appears when it is complete and verified;
-    on any error nothing is left behind.
+    One decoder block is in memory at a time; for levels, the pruned model. The output appears when
+    it is complete and verified; on any error nothing is left behind.
+
+    Args:
+        levels: activation levels to calibrate on the pruned model, on ``levels.samples`` windows of
+            the same text that pruning does not see. Its text, seed, device and dtype are those of
+            ``config``.
 
     Raises:
         ValueError: a bad option, model, calibration text or output; the message names the fix.
     """
     config = config or PruneConfig()
     started = time.perf_counter()
+    with Staging(Path(output)) as staging:
+        if levels is None:
+            report = prune_into(staging.directory, model, config, on_progress)
+        else:
+            levels = levels_of(config, levels)
+            windows = draw_windows(model, config, levels.samples, levels.held_out)
+            report = prune_into(staging.directory, model, config, on_progress, windows.pruning)
+            add_pruned_levels(staging.directory, levels, windows.apart, report, on_progress)
+        finish(staging, report, time.perf_counter() - started)
+    return report
+
+
+def finish(
+    staging: Staging, report: PruneReport, seconds: float, finished: Path | None = None
+) -> None:
+    """Put the reports beside the weights and give the directory its name."""
+    directory = finished or staging.directory
+    report.output, report.seconds = str(staging.output), seconds
+    report.save(directory / REPORT_FILE)
+    if report.levels is not None:
+        report.levels.output = report.output
+        report.levels.save(directory / LEVELS_REPORT_FILE)
+    staging.publish(finished)
+
+
+def prune_into(
+    directory: Path,
+    model: str | os.PathLike[str],
+    config: PruneConfig,
+    on_progress: OnProgress | None = None,
+    calibration: Calibration | None = None,
+) -> PruneReport:
+    """Prune into an empty directory and verify it; the report is not written yet.
+
+    Args:
+        calibration: windows that were drawn already.
+    """
+    started = time.perf_counter()
     device = select_device(config.device)
     return_freed_memory()
-    with Staging(Path(output)) as staging, disable_tf32():
-        job = _Job.open(model, config, device, on_progress)
+    with disable_tf32():
+        job = Job.open(model, config, device, on_progress, calibration)
         if config.format == "sparse":
-            job.writer = SparseWriter(staging.directory, Pattern.parse(config.pattern))
+            job.writer = SparseWriter(directory, Pattern.parse(config.pattern))
         walk = job.walk()
         for block in walk:
-            _prune_block(job, block, staging.directory)
-        _write(job, staging.directory)
-        report = job.report(output=str(output), seconds=time.perf_counter() - started)
+            prune_block(job, block, directory)
+        _write(job, directory)
+        report = job.report(output=str(directory), seconds=time.perf_counter() - started)
         report.environment["fused blocks"] = f"{len(walk.fused)} of {len(walk.architecture.blocks)}"
-        report.verification = verify(staging.directory, job.checkpoint, report.linears)
-        report.seconds = time.perf_counter() - started
-        report.save(staging.directory / REPORT_FILE)
-        staging.publish()
+        report.verification = verify(directory, job.checkpoint, report.linears)
     return report
+
+
+def levels_of(config: PruneConfig, levels: SparsifyConfig) -> SparsifyConfig:
+    """The levels' configuration with the pruning's text, seed, device and dtype.
+
+    Raises:
+        ValueError: it asks for others, or the form pruned to holds no levels.
+    """
+    if config.format != "sparse":
+        raise ValueError(
+            f"format {config.format!r}: activation levels need the sparse form; give --format "
+            "sparse, or leave the levels out"
+        )
+    shared = {name: getattr(config, name) for name in LEVELS_SHARE}
+    shared["calibration"] = config.calibration or BUNDLED
+    for entry in fields(SparsifyConfig):
+        asked = getattr(levels, entry.name)
+        if entry.name in shared and asked not in (entry.default, shared[entry.name]):
+            raise ValueError(
+                f"levels.{entry.name} {asked!r}: levels use the pruning's, which is "
+                f"{shared[entry.name]!r}; give it there"
+            )
+    return replace(levels, **shared)
+
+
+def add_pruned_levels(
+    directory: Path,
+    levels: SparsifyConfig,
+    texts: Texts,
+    report: PruneReport,
+    on_progress: OnProgress | None,
+) -> None:
+    """Calibrate levels on a model that was just pruned; they go into its directory and report."""
+    return_freed_memory()
+    told = None if on_progress is None else partial(_tell_phase, on_progress)
+    report.levels = add_levels(directory, levels, told, texts)
+    report.levels.model = report.model
+
+
+def _tell_phase(on_progress: OnProgress, progress: LevelProgress) -> None:
+    on_progress(Progress(progress.done, progress.total, 0, 0, progress.phase))
 
 
 def select_device(name: str) -> torch.device:
@@ -182,7 +274,7 @@ def select_device(name: str) -> torch.device:
 
 
 @dataclass
-class _Job:
+class Job:
     """What one run holds: its inputs, and what has been pruned so far."""
 
     config: PruneConfig
@@ -207,19 +299,21 @@ class _Job:
         config: PruneConfig,
         device: torch.device,
         on_progress: OnProgress | None,
-    ) -> _Job:
+        calibration: Calibration | None,
+    ) -> Job:
         checkpoint = open_checkpoint(model)
         architecture = arch.build(checkpoint.directory, checkpoint.tensors)
         stored = [DTYPES[tensor.dtype] for tensor in checkpoint.tensors.values()]
         dtype = arch.run_dtype(config.dtype, stored)
         _check_ignore(architecture, config.ignore)
-        calibration = _calibration(config, checkpoint, architecture)
+        if calibration is None:
+            calibration = draw_calibration(config, checkpoint, architecture)
         # beside the pruning: to read and hash the model takes as long as a block or two
         hashing = Hashing(checkpoint)
         job = cls(
             config, checkpoint, architecture, calibration, device, dtype, on_progress, hashing
         )
-        job.warnings += _calibration_warnings(config, calibration)
+        job.warnings += calibration_warnings(config, calibration)
         return job
 
     def walk(self) -> Walk:
@@ -271,7 +365,7 @@ class _Job:
             output=output,
             config=asdict(self.config),
             model_sha256=self.hashing.result(),
-            calibration=_describe(self.calibration),
+            calibration=describe(self.calibration),
             environment=environment(self.device, self.dtype),
             linears=self.linears,
             bytes_before=self.checkpoint.nbytes,
@@ -293,11 +387,6 @@ def _pairing_warnings(sites: list[tuple[int, int]]) -> list[str]:
     ]
 
 
-def _needs(config: PruneConfig) -> Needs:
-    """What calibration collects: for the method, and to aim at the dense model."""
-    return Needs.GRAM if config.target == "dense" else METHODS[config.method].needs
-
-
 def _check_ignore(architecture: arch.Architecture, ignore: tuple[str, ...]) -> None:
     linears = [
         linear
@@ -312,174 +401,7 @@ def _check_ignore(architecture: arch.Architecture, ignore: tuple[str, ...]) -> N
             )
 
 
-def _calibration(
-    config: PruneConfig, checkpoint: Checkpoint, architecture: arch.Architecture
-) -> Calibration | None:
-    if config.calibration is None and _needs(config) == Needs.NOTHING:
-        return None
-    context = arch.text_width(architecture.model)
-    check_seq_len(config.seq_len, context)
-    source = Source(
-        name=config.calibration or BUNDLED,
-        separator=config.separator,
-        samples=config.samples,
-        seq_len=config.seq_len or min(2048, context),
-        seed=config.seed,
-        sampling=config.sampling,
-    )
-    calibration = load_calibration(source, load_tokenizer(checkpoint.directory))
-    vocabulary = architecture.model.get_input_embeddings().weight.shape[0]
-    highest = int(calibration.samples_ST.max())
-    if highest >= vocabulary:
-        raise ValueError(
-            f"{checkpoint.directory}: its tokenizer made token {highest}, its embedding has "
-            f"{vocabulary} rows; the tokenizer belongs to another model"
-        )
-    return calibration
-
-
-def _calibration_warnings(config: PruneConfig, calibration: Calibration | None) -> list[str]:
-    if calibration is None:
-        return []
-    warnings = []
-    samples = len(calibration.samples_ST)
-    if samples < config.samples:
-        warnings.append(
-            f"calibration text {calibration.source!r} gives {samples} samples of "
-            f"{calibration.samples_ST.shape[1]} tokens, {config.samples} were asked for"
-        )
-    return warnings
-
-
-def _describe(calibration: Calibration | None) -> dict[str, object] | None:
-    if calibration is None:
-        return None
-    samples, seq_len = calibration.samples_ST.shape
-    return {
-        "source": calibration.source,
-        "documents": calibration.documents,
-        "tokens_available": calibration.tokens_available,
-        "samples": samples,
-        "seq_len": seq_len,
-        "sha256": calibration.sha256,
-    }
-
-
-def _prune_block(job: _Job, block: Block, directory: Path) -> None:
-    """Calibrate, solve site by site, and put the block's weights on disk."""
-    pattern = Pattern.parse(job.config.pattern)
-    tensors: dict[str, Tensor] = {}
-    needs = _needs(job.config)
-    for site, statistics in block.statistics(needs):
-        method = _method(job, f"{block.name}.{site.name}", statistics)
-        _warn_rank(job, f"{block.name}.{site.name}", statistics, needs)
-        started = time.perf_counter()
-        weights = tuple(block.weight_OI(linear) for linear in site.linears)
-        patterns = (pattern,) * len(weights)
-        _check_finite(site.linears, weights)
-        aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
-        problem = Problem(aimed, patterns, statistics, job.config.damping, job.config.column_block)
-        solutions = method.solve(problem)
-        share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
-        for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
-            _check_counts(linear, solution, pattern, method.scope)
-            disk_name = job.architecture.disk_names[linear.weight_name]
-            stored = _stored(job, linear, disk_name, solution)
-            block.assign(linear, stored)
-            tensors[disk_name] = stored.cpu()
-            error = statistics.relative_error(weight_OI, solution.weight_OI) if statistics else None
-            job.linears.append(
-                LinearResult.of(
-                    linear,
-                    disk_name,
-                    block.index,
-                    pattern,
-                    solution,
-                    stored,
-                    error=error,
-                    seconds=share * weight_OI.numel(),
-                )
-            )
-            job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
-    if tensors:
-        _save(job, block.index, tensors, directory)
-    job.tick(block.index, "pruned")
-
-
-def _method(job: _Job, name: str, statistics: InputStatistics | None) -> Method:
-    """What the run asks for; magnitude, with a warning, for an expert that was never reached."""
-    if statistics is None or statistics.tokens > 0:
-        return METHODS[job.config.method]
-    job.warnings.append(
-        f"{name}: no calibration token reached it; pruned by magnitude, give more samples"
-    )
-    return METHODS["magnitude"]
-
-
-def _aimed(
-    job: _Job, name: str, weights: tuple[Tensor, ...], statistics: InputStatistics | None
-) -> tuple[Tensor, ...]:
-    """The weights to prune: as they are, or re-solved for the dense model's output."""
-    if job.config.target == "pruned" or statistics is None or statistics.tokens == 0:
-        return weights
-    if statistics.paired == 0:
-        job.warnings.append(
-            f"{name}: none of its tokens are known in the dense model; target pruned instead"
-        )
-        return weights
-    if statistics.paired < statistics.tokens:
-        job.partly_paired.append((statistics.paired, statistics.tokens))
-    aimed, notes = aimed_at_dense(weights, statistics, job.config.damping)
-    job.warnings += [f"{name}: {note}" for note in notes]
-    return aimed
-
-
-def _save(job: _Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
-    """Put the pruned weights of one block on disk, by their names there."""
-    if job.writer is None:
-        job.parts |= save_part(directory / f"block-{index:05d}.part", tensors)
-        return
-    sizes = job.writer.add(tensors, [r.tensor for r in job.linears if r.transposed])
-    job.linears = [replace(r, bytes_after=sizes.get(r.tensor, r.bytes_after)) for r in job.linears]
-
-
-def _warn_rank(job: _Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
-    if statistics is None or statistics.tokens == 0 or needs < Needs.GRAM:
-        return
-    width = len(statistics.square_sum_I)
-    if statistics.tokens < width:
-        job.warnings.append(
-            f"{name}: {statistics.tokens} calibration tokens for {width} input features, so the "
-            "Gram matrix is rank-deficient and only damping makes it solvable; give more samples"
-        )
-
-
-def _check_finite(linears: tuple[arch.Linear, ...], weights: tuple[Tensor, ...]) -> None:
-    for linear, weight_OI in zip(linears, weights, strict=True):
-        if not all_finite(weight_OI):
-            raise ValueError(f"{linear.weight_name}: holds NaN or infinite weights")
-
-
-def _check_counts(
-    linear: arch.Linear, solution: Solution, pattern: Pattern, scope: Scope | None
-) -> None:
-    """A method that prunes one weight too many or too few is a fault of ours."""
-    problem = check_keep_mask(solution.keep_OI, pattern, scope or "matrix")
-    if problem is not None:
-        raise AssertionError(f"{linear.weight_name}: {problem}")
-
-
-def _stored(job: _Job, linear: arch.Linear, disk_name: str, solution: Solution) -> Tensor:
-    """The pruned weight as it goes to disk: original dtype and orientation, no -0.0."""
-    dtype = DTYPES[job.checkpoint.tensors[disk_name].dtype]
-    stored = linear.from_OI(solution.weight_OI).to(dtype).contiguous()
-    stored = stored + 0.0  # -0.0 + 0.0 is +0.0
-    if not all_finite(stored):
-        raise ValueError(f"{linear.weight_name}: its updated weights overflow {dtype}")
-    return stored
-
-
-def _write(job: _Job, directory: Path) -> None:
+def _write(job: Job, directory: Path) -> None:
     """Collect pruned and untouched tensors into shards, and copy what travels with them."""
     if job.writer is not None:
         job.writer.finish(job.checkpoint)

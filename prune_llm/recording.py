@@ -108,7 +108,7 @@ class Recording:
         gate = None if self.gates is None else self.gates.gate(block.gate.name)
         if not (isinstance(gate_weight, ChannelWeight) and isinstance(up_weight, ChannelWeight)):
             return False
-        if gate is None or gate_weight.tile != up_weight.tile:
+        if gate is None or not self._gates_alike(block.gate, block.up):
             return False
         biases = block.gate.bias, block.up.bias
         self.plan.swiglu(self._normed_BD, (gate_weight, up_weight), biases, out_BI, gate)
@@ -117,13 +117,22 @@ class Recording:
     def _linears(
         self, x_BI: Tensor, linears: list[LinearPart], outs: list[Tensor], accumulate: bool = False
     ) -> None:
-        pairs = list(zip(linears, outs, strict=True))
-        for channels in (True, False):
-            some = [pair for pair in pairs if isinstance(pair[0].weight, ChannelWeight) == channels]
-            if some:
-                weights, biases = [p.weight for p, _ in some], [p.bias for p, _ in some]
-                gate = self.gates.gate(some[0][0].name) if channels and self.gates else None
-                self.plan.linears(x_BI, weights, biases, [out for _, out in some], accumulate, gate)
+        """Linears that share an input; one list of channels for those that share their gate."""
+        left = list(zip(linears, outs, strict=True))
+        while left:
+            first = left[0][0]
+            some = [pair for pair in left if self._gates_alike(first, pair[0])]
+            left = [pair for pair in left if not self._gates_alike(first, pair[0])]
+            weights, biases = [p.weight for p, _ in some], [p.bias for p, _ in some]
+            skips = self.gates is not None and isinstance(first.weight, ChannelWeight)
+            gate = self.gates.gate(first.name) if skips and self.gates is not None else None
+            self.plan.linears(x_BI, weights, biases, [out for _, out in some], accumulate, gate)
+
+    def _gates_alike(self, one: LinearPart, other: LinearPart) -> bool:
+        """Whether two linears of one input have the same thresholds, and weights of one order."""
+        if isinstance(one.weight, ChannelWeight) != isinstance(other.weight, ChannelWeight):
+            return False
+        return self.gates is None or self.gates.site(one.name) == self.gates.site(other.name)
 
 
 def rotary_angles(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import resource
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from prune_llm.masks import Pattern
 from prune_llm.methods import Solution
 from prune_llm.statistics import LayerError
 from prune_llm_kernels import tokens
+
+if TYPE_CHECKING:
+    from prune_llm.activation.sparsify import SparsifyReport
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,15 @@ def count_nonzero(weight: Tensor) -> int:
 
 @dataclass
 class PruneReport:
-    """The whole run. ``peak_memory``: bytes, of the process and of the GPU."""
+    """The whole run.
+
+    Attributes:
+        peak_memory: bytes, of the process and of the GPU.
+        search: what was tried for a target in quality and what the found sparsity costs; None
+            where the sparsity was given (`pruning_level.prune_within`).
+        levels: of activation sparsity, where some were asked for; saved by name here, and whole in
+            activation_report.json.
+    """
 
     model: str
     output: str
@@ -116,6 +127,8 @@ class PruneReport:
     peak_memory: dict[str, int]
     warnings: list[str] = field(default_factory=list)
     verification: dict[str, int] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
+    levels: SparsifyReport | None = None
 
     @property
     def sparsity(self) -> float:
@@ -132,7 +145,9 @@ class PruneReport:
         return KindResult.of("total", self.linears)
 
     def save(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        saved = asdict(replace(self, levels=None))
+        saved["levels"] = [level["name"] for level in self.levels.levels] if self.levels else []
+        file.write_text(json.dumps(saved, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,14 +33,30 @@ def python_blocks() -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what the README calls MODEL, calibration.txt and held_out.txt."""
+    """A directory with what the README calls MODEL, calibration.txt, held_out.txt and my-tasks."""
     from prune_llm.demo import model_path, text
 
     place = tmp_path_factory.mktemp("readme")
     (place / "MODEL").symlink_to(model_path())
     (place / "calibration.txt").write_text(text("calibration", 200))
     (place / "held_out.txt").write_text(text("held_out", 40))
+    write_tasks(place / "my-tasks")
     return place
+
+
+def write_tasks(place: Path) -> None:
+    """The task file that the README shows, and its data: which word comes next in a story."""
+    from prune_llm.demo import stories
+
+    place.mkdir()
+    (task,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (place / "next_word.yaml").write_text(task)
+    words = [story.split()[:40] for story in stories("held_out", 30)]
+    lines = [
+        {"text": " ".join(own[:20]), "choices": [own[20], other[30]], "label": 0}
+        for own, other in pairwise(words)
+    ]
+    (place / "next_word.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def test_every_command_runs_in_order(workplace: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prune_llm.decoder import PlanDecoder, new_decoder
+from prune_llm.decoder import Decoder, PlanDecoder, new_decoder
 from prune_llm.generation import decode, load_tokenizer
 from prune_llm.parts import LinearPart, ModelParts, read_parts
 from prune_llm.report import cpu_name
@@ -179,7 +179,7 @@ def measure(
     packed = _packed(sparse, model)
     parts = _parts(sparse)
     longest = max(config.contexts) + config.tokens
-    _check_context(sparse, longest)
+    check_context(sparse, longest)
     resident = measure_resident(model, max(config.contexts), config.tokens)
     dense = load(against or model, dequantize=against is None, dtype=parts.dtype).eval()
     check_linears(packed)
@@ -228,7 +228,8 @@ def _parts(model: PreTrainedModel) -> ModelParts:
     return read_parts(model)
 
 
-def _check_context(model: PreTrainedModel, longest: int) -> None:
+def check_context(model: PreTrainedModel, longest: int) -> None:
+    """Raise ValueError for a prompt and its answer that do not fit."""
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and longest > context:
         raise ValueError(
@@ -368,9 +369,7 @@ def time_decoding(
     )
 
 
-def time_plan(
-    decoder: PlanDecoder, ids: list[int], tokens: int, tokenizer: Any
-) -> tuple[float, float]:
+def time_plan(decoder: Decoder, ids: list[int], tokens: int, tokenizer: Any) -> tuple[float, float]:
     """Seconds to the first token and tokens per second, drawing and decoding text included."""
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     for piece in decode(decoder, ids, params, tokenizer, frozenset()):

@@ -5,8 +5,8 @@
 //   axpy(float* sums, w, x)        sums += w * x over kCols outputs, where nothing better is given
 // and Columns<P> may be specialised with sums in registers.
 //
-// The sum of an output is float32 and runs through the list in order, whatever tile, thread and
-// other rows there are: a row's result depends on its own list only.
+// The sum of an output is float32 and runs through a part of the list in order, whatever tile, thread
+// and other rows there are: a row's result depends on its own list only.
 #pragma once
 
 #include "channels.h"
@@ -48,37 +48,37 @@ template <class P> INLINE const char* chunk_at(const ChannelWeight* w, int64_t t
   return (const char*)w->data + element * bytes;
 }
 
+// Weights of kCols outputs of one channel, from bit c of its word on; moves *at behind them.
+template <class P, bool Packed>
+INLINE typename P::W next_columns(uint64_t mask, int c, const char** at) {
+  typedef typename P::Elem Elem;
+  const Elem* value = (const Elem*)*at;
+  if (!Packed) {
+    *at += sizeof(Elem) * P::kCols;
+    return P::load(value);
+  }
+  const auto bits = (typename MaskWord<P::kCols>::type)(mask >> c);
+  *at = (const char*)(value + __builtin_popcountll(bits));
+  return P::expand(bits, value);
+}
+
 // One word of kWord outputs of a group of channels, added to the sums of B rows.
 template <class P, bool Packed, int B>
-INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64_t width) {
-  typedef typename P::Elem Elem;
+INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64_t pitch) {
   typedef Columns<P> C;
   uint64_t mask[kGroup];
-  if (Packed) {
-    UNROLL for (int k = 0; k < kGroup; ++k) {
-      mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
-      at[k] += kMaskBytes;
-    }
+  UNROLL for (int k = 0; Packed && k < kGroup; ++k) {
+    mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
+    at[k] += kMaskBytes;
   }
   UNROLL for (int c = 0; c < kWord; c += P::kCols) {
     typename C::Mix mix[kGroup / 2];
     UNROLL for (int k = 0; k < kGroup; k += 2) {
-      typename P::W w[2];
-      UNROLL for (int j = 0; j < 2; ++j) {
-        const Elem* value = (const Elem*)at[k + j];
-        if (Packed) {
-          const auto bits = (typename MaskWord<P::kCols>::type)(mask[k + j] >> c);
-          w[j] = P::expand(bits, value);
-          at[k + j] += (int64_t)sizeof(Elem) * __builtin_popcountll(bits);
-        } else {
-          w[j] = P::load(value);
-          at[k + j] += sizeof(Elem) * P::kCols;
-        }
-      }
-      mix[k / 2] = C::mix(w[0], w[1]);
+      const auto first = next_columns<P, Packed>(mask[k], c, &at[k]);
+      mix[k / 2] = C::mix(first, next_columns<P, Packed>(mask[k + 1], c, &at[k + 1]));
     }
     UNROLL for (int b = 0; b < B; ++b) {
-      float* place = sums + b * width + c;
+      float* place = sums + b * pitch + c;
       typename C::Sums sum = P::load_sums(place);
       UNROLL for (int p = 0; p < kGroup / 2; ++p) sum = C::fma(sum, mix[p], x + (p * B + b) * 2);
       P::store_sums(place, sum);
@@ -86,106 +86,105 @@ INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64
   }
 }
 
-// sums [B][width] = the list's channels times their inputs, for one tile.
-template <class P, bool Packed, int B>
-void sum_channels(const ChannelWeight* w, const ChannelList* list, int64_t tile, float* sums,
-                  float* totals) {
-  const int64_t width = tile_width(w, tile), count = list->count;
-  const typename P::X* x = (const typename P::X*)list->values;
-  for (int64_t i = 0; i < B * width; ++i) sums[i] = totals[i] = 0;
+// sums [B] of the tile's width = the listed channels times their inputs.
+template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
+  const ChannelWeight* w = a->weight;
+  const ChannelList* list = a->list;
+  const int64_t width = tile_width(w, a->tile);
+  alignas(64) float sums[B * kMaxTile];
+  for (int64_t i = 0; i < B * width; ++i) sums[i] = 0;
+  for (int64_t m = 0; m < B; ++m)
+    for (int64_t i = 0; i < width; ++i) a->sums[m * a->pitch + i] = 0;
   // bytes of a word that are to be fetched, from the mean over the tile
-  const int64_t first = tile * w->in_features, I = w->in_features;
+  const int64_t first = a->tile * w->in_features, I = w->in_features;
   const int64_t elements = Packed ? (w->starts[first + I] - w->starts[first]) / I : width;
   const int64_t step = elements * (int64_t)sizeof(typename P::Elem) * kWord / width + 1;
   // far enough ahead for memory to answer: about a tile's time
   const int64_t distance = (int64_t)kGroup * (width >= 1024 ? 1 : width >= 512 ? 2 : 4);
-  for (int64_t n = 0; n < count; n += kGroup, x += kGroup * B) {
+  const typename P::X* x = (const typename P::X*)list->values + a->begin * B;
+  for (int64_t n = a->begin; n < a->end; n += kGroup, x += kGroup * B) {
     Streams s;
     UNROLL for (int k = 0; k < kGroup; ++k) {
-      s.at[k] = chunk_at<P>(w, tile, list->channels[n + k]);
+      s.at[k] = chunk_at<P>(w, a->tile, list->channels[n + k]);
       const int64_t next = n + distance + k;
-      s.ahead[k] = chunk_at<P>(w, tile, list->channels[next < count ? next : n + k]);
+      s.ahead[k] = chunk_at<P>(w, a->tile, list->channels[next < a->end ? next : n + k]);
     }
     int64_t fetched = 0;
     for (int64_t c = 0; c < width; c += kWord) {
+      // to the second cache: requests of the first are too few to hide memory's delay (measured)
       for (; fetched < (c / kWord + 1) * step; fetched += 64)
-        UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 0);
+        UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 2);
       add_word<P, Packed, B>(s.at, x, sums + c, width);
     }
-    if ((n + kGroup) % sum_channels_of<typename P::Elem>() == 0) {
-      for (int64_t i = 0; i < B * width; ++i) {
-        totals[i] += sums[i];
-        sums[i] = 0;
+    const bool pause = (n + kGroup - a->begin) % sum_channels_of<typename P::Elem>() == 0;
+    if (!pause && n + kGroup < a->end) continue;
+    for (int64_t m = 0; m < B; ++m) {
+      for (int64_t i = 0; i < width; ++i) {
+        a->sums[m * a->pitch + i] += sums[m * width + i];
+        sums[m * width + i] = 0;
       }
     }
   }
-  for (int64_t i = 0; i < B * width; ++i) totals[i] += sums[i];
 }
 
-template <class P, int B>
-INLINE void sum_tile(const ChannelWeight* w, const ChannelList* list, int64_t tile, float* sums,
-                     float* totals) {
-  if (w->starts) return sum_channels<P, true, B>(w, list, tile, sums, totals);
-  sum_channels<P, false, B>(w, list, tile, sums, totals);
+template <class P, int B> INLINE void sum_tile(const ChannelSums* a) {
+  if (a->weight->starts) return sum_channels<P, true, B>(a);
+  sum_channels<P, false, B>(a);
 }
 
-// The float32 sums of a word in output order, with the bias.
+template <class P> void sum_list(const ChannelSums* a) {
+  switch (a->batch) {
+    case 1: return sum_tile<P, 1>(a);
+    case 2: return sum_tile<P, 2>(a);
+    case 3: return sum_tile<P, 3>(a);
+    case 4: return sum_tile<P, 4>(a);
+    case 5: return sum_tile<P, 5>(a);
+    case 6: return sum_tile<P, 6>(a);
+    case 7: return sum_tile<P, 7>(a);
+    default: return sum_tile<P, 8>(a);
+  }
+}
+
+// The parts' sums of a word in output order, with the bias.
 template <class P>
-INLINE void finish_word(const float* sums, const void* bias, int64_t o, int64_t count, float* out) {
-  UNROLL for (int c = 0; c < kWord; c += P::kCols) Columns<P>::ordered(sums + c, out + c);
+INLINE void finish_word(const ChannelFinish* a, const float* sums, const void* bias, int64_t m,
+                        int64_t o, int64_t count, float* out) {
+  float added[kWord];
+  const float* part = sums + m * a->pitch + o;
+  for (int64_t c = 0; c < kWord; ++c) added[c] = part[c];
+  for (int64_t p = 1; p < a->parts; ++p) {
+    part += a->batch * a->pitch;
+    for (int64_t c = 0; c < kWord; ++c) added[c] += part[c];
+  }
+  UNROLL for (int c = 0; c < kWord; c += P::kCols) Columns<P>::ordered(added + c, out + c);
   if (!bias) return;
   const typename P::Elem* shift = (const typename P::Elem*)bias + o;
   for (int64_t c = 0; c < count; ++c) out[c] += P::to_float(shift[c]);
 }
 
-// y of one tile and row from its sums; `up` of a gated pair, else nullptr.
-template <class P>
-void finish_row(const ChannelArgs* a, int64_t tile, int64_t m, const float* sums, const float* up) {
+template <class P> void finish(const ChannelFinish* a, int64_t begin, int64_t end) {
   typedef typename P::Elem Elem;
-  const ChannelWeight* w = a->weight;
-  const int64_t first = tile * w->tile, O = w->out_features;
-  const int64_t end = first + w->tile < O ? first + w->tile : O;
-  for (int64_t o = first; o < end; o += kWord) {
-    float out[kWord], other[kWord];
-    const int64_t count = end - o < kWord ? end - o : (int64_t)kWord;
-    finish_word<P>(sums + (o - first), a->bias, o, count, out);
-    Elem* y = (Elem*)a->y + m * O + o;
-    if (up) {
-      finish_word<P>(up + (o - first), a->up_bias, o, count, other);
+  for (int64_t m = 0; m < a->batch; ++m) {
+    for (int64_t o = begin; o < end; o += kWord) {
+      float out[kWord], other[kWord];
+      const int64_t count = end - o < kWord ? end - o : (int64_t)kWord, at = m * a->out_features + o;
+      finish_word<P>(a, a->sums, a->bias, m, o, count, out);
+      if (a->up) {
+        finish_word<P>(a, a->up, a->up_bias, m, o, count, other);
 #pragma omp simd
-      for (int64_t c = 0; c < count; ++c) {
-        // gate and up are rounded as they would be if they were stored
-        const float gate = P::to_float(P::from_float(out[c]));
-        out[c] = gate / (1.0f + exp_of(-gate)) * P::to_float(P::from_float(other[c]));
+        for (int64_t c = 0; c < count; ++c) {
+          // gate and up are rounded as they would be if they were stored
+          const float gate = P::to_float(P::from_float(out[c]));
+          out[c] = gate / (1.0f + exp_of(-gate)) * P::to_float(P::from_float(other[c]));
+        }
+      } else if (a->addend) {
+        const Elem* addend = (const Elem*)a->addend + at;
+        for (int64_t c = 0; c < count; ++c) out[c] += P::to_float(addend[c]);
       }
-    } else if (a->addend) {
-      const Elem* addend = (const Elem*)a->addend + m * O + o;
-      for (int64_t c = 0; c < count; ++c) out[c] += P::to_float(addend[c]);
-    }
+      Elem* y = (Elem*)a->y + at;
 #pragma omp simd
-    for (int64_t c = 0; c < count; ++c) y[c] = P::from_float(out[c]);
-  }
-}
-
-template <class P, int B> void multiply_tile(const ChannelArgs* a, int64_t tile) {
-  alignas(64) float sums[B * kMaxTile], totals[B * kMaxTile], up[B * kMaxTile];
-  const int64_t width = tile_width(a->weight, tile);
-  sum_tile<P, B>(a->weight, a->list, tile, sums, totals);
-  if (a->up) sum_tile<P, B>(a->up, a->list, tile, sums, up);
-  for (int64_t m = 0; m < B; ++m)
-    finish_row<P>(a, tile, m, totals + m * width, a->up ? up + m * width : nullptr);
-}
-
-template <class P> void multiply_channels(const ChannelArgs* a, int64_t tile) {
-  switch (a->batch) {
-    case 1: return multiply_tile<P, 1>(a, tile);
-    case 2: return multiply_tile<P, 2>(a, tile);
-    case 3: return multiply_tile<P, 3>(a, tile);
-    case 4: return multiply_tile<P, 4>(a, tile);
-    case 5: return multiply_tile<P, 5>(a, tile);
-    case 6: return multiply_tile<P, 6>(a, tile);
-    case 7: return multiply_tile<P, 7>(a, tile);
-    default: return multiply_tile<P, 8>(a, tile);
+      for (int64_t c = 0; c < count; ++c) y[c] = P::from_float(out[c]);
+    }
   }
 }
 
@@ -302,8 +301,9 @@ template <class P> void unpack_channels(const ChannelWeight* w, void* out, int64
 }
 
 template <class P> INLINE ChannelKernel channel_kernel() {
-  return ChannelKernel{sizeof(typename P::X), select_channels<P>,   select_union<P>,
-                       gather<P>,             multiply_channels<P>, unpack_channels<P>};
+  return ChannelKernel{sizeof(typename P::X), select_channels<P>, select_union<P>,
+                       gather<P>,             sum_list<P>,        finish<P>,
+                       unpack_channels<P>};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The plan's linears over weights in input-channel-major order: one list of the channels that
-// count, then tiles of outputs.
+// count, sums of its parts for tiles of outputs, then what is done with the sums.
 #include <algorithm>
 #include <vector>
 
@@ -48,22 +48,38 @@ struct GatherOp : Plan::Op {
   }
 };
 
+// Sums of weights that share a list, as parts of the list: long runs of outputs keep memory busy and
+// leave few tiles, so threads share those by channels. The number of parts is fixed, whatever the
+// threads are: the order of addition depends on it.
+constexpr int64_t kParts = 4, kFinishOutputs = 512;
+
+struct SumMemory {
+  std::vector<PlanChannels> weights;
+  std::vector<AlignedMemory> sums;  // of each weight, [kParts, batch, pitch]
+  std::vector<int64_t> pitches;
+
+  SumMemory(const std::vector<PlanChannels>& weights, int64_t batch) : weights(weights) {
+    for (const PlanChannels& w : weights) {
+      pitches.push_back((w.weight.out_features + kWord - 1) / kWord * kWord);
+      sums.push_back(allocate_aligned(kParts * batch * pitches.back() * 4));
+    }
+  }
+  float* of(size_t weight) const { return static_cast<float*>(sums[weight].get()); }
+};
+
 struct ChannelsOp : Plan::Op {
   const ChannelKernel& kernel;
   const ChannelSite site;
   const SelectArgs select;
   std::shared_ptr<ListMemory> memory;
-  const std::vector<PlanChannels> weights;
-  const bool accumulate, gated;
-  int64_t tiles = 0;
+  std::shared_ptr<SumMemory> sums;
+  int64_t items = 0;
 
   ChannelsOp(const ChannelKernel& kernel, const ChannelSite& site, const SelectArgs& select,
-             std::shared_ptr<ListMemory> memory, const std::vector<PlanChannels>& weights,
-             bool accumulate, bool gated)
-      : kernel(kernel), site(site), select(select), memory(std::move(memory)), weights(weights),
-        accumulate(accumulate), gated(gated) {
-    for (const PlanChannels& w : weights) tiles += tile_count(&w.weight);
-    if (gated) tiles /= 2;
+             std::shared_ptr<ListMemory> memory, std::shared_ptr<SumMemory> sums)
+      : kernel(kernel), site(site), select(select), memory(std::move(memory)),
+        sums(std::move(sums)) {
+    for (const PlanChannels& w : this->sums->weights) items += tile_count(&w.weight) * kParts;
   }
   void before() override {
     if (select.batch != 1) return;  // a GatherOp has made the list
@@ -71,19 +87,55 @@ struct ChannelsOp : Plan::Op {
     note(site, memory->list.active, memory->list.active,
          select.thresholds[0] < __builtin_inf());
   }
-  int64_t chunks(int) const override { return tiles; }
-  void run(int64_t chunk, int64_t) override {
-    for (const PlanChannels& w : weights) {
-      const int64_t count = tile_count(&w.weight);
-      if (chunk < count) {
-        const ChannelWeight* up = gated ? &weights[1].weight : nullptr;
-        const ChannelArgs args{&w.weight, up,  &memory->list, select.batch,
-                               w.bias,    gated ? weights[1].bias : nullptr,
-                               w.y,       accumulate ? w.y : nullptr};
-        return kernel.multiply(&args, chunk);
-      }
-      chunk -= count;
+  int64_t chunks(int) const override { return items; }
+  void run(int64_t item, int64_t) override {
+    for (size_t i = 0; i < sums->weights.size(); ++i) {
+      const ChannelWeight& weight = sums->weights[i].weight;
+      const int64_t count = tile_count(&weight) * kParts;
+      if (item < count) return sum(i, weight, item / kParts, item % kParts);
+      item -= count;
     }
+  }
+  void sum(size_t i, const ChannelWeight& weight, int64_t tile, int64_t part) const {
+    const int64_t groups = memory->list.count / kGroup, pitch = sums->pitches[i];
+    float* to = sums->of(i) + part * select.batch * pitch + tile * weight.tile;
+    const ChannelSums args{&weight, &memory->list, select.batch, tile,
+                           groups * part / kParts * kGroup,
+                           groups * (part + 1) / kParts * kGroup, to, pitch};
+    kernel.sum(&args);
+  }
+};
+
+struct FinishOp : Plan::Op {
+  const ChannelKernel& kernel;
+  std::shared_ptr<SumMemory> sums;
+  const int64_t batch;
+  const bool accumulate, gated;
+  int64_t items = 0;
+
+  FinishOp(const ChannelKernel& kernel, std::shared_ptr<SumMemory> sums, int64_t batch,
+           bool accumulate, bool gated)
+      : kernel(kernel), sums(std::move(sums)), batch(batch), accumulate(accumulate), gated(gated) {
+    for (size_t i = 0; i < outputs(); ++i) items += pieces(i);
+  }
+  size_t outputs() const { return gated ? 1 : sums->weights.size(); }
+  int64_t pieces(size_t i) const {
+    return (sums->pitches[i] + kFinishOutputs - 1) / kFinishOutputs;
+  }
+  int64_t chunks(int) const override { return items; }
+  void run(int64_t item, int64_t) override {
+    for (size_t i = 0; i < outputs(); ++i) {
+      if (item < pieces(i)) return finish(i, item * kFinishOutputs);
+      item -= pieces(i);
+    }
+  }
+  void finish(size_t i, int64_t begin) const {
+    const PlanChannels& w = sums->weights[i];
+    const ChannelFinish args{sums->of(i), gated ? sums->of(1) : nullptr, kParts, batch,
+                             sums->pitches[i], w.weight.out_features, w.bias,
+                             gated ? sums->weights[1].bias : nullptr, w.y,
+                             accumulate ? w.y : nullptr};
+    kernel.finish(&args, begin, std::min(begin + kFinishOutputs, w.weight.out_features));
   }
 };
 
@@ -108,7 +160,8 @@ void Plan::add_channels(const ChannelSite& site, const std::vector<PlanChannels>
     for (PlanChannels& w : here)
       w.y = rows_from<void>(w.y, first, w.weight.out_features, elem_bytes);
     if (rows > 1) ops_.push_back(std::make_unique<GatherOp>(kernel, site, select, memory));
-    ops_.push_back(
-        std::make_unique<ChannelsOp>(kernel, site, select, memory, here, accumulate, gated));
+    auto sums = std::make_shared<SumMemory>(here, rows);
+    ops_.push_back(std::make_unique<ChannelsOp>(kernel, site, select, memory, sums));
+    ops_.push_back(std::make_unique<FinishOp>(kernel, sums, rows, accumulate, gated));
   }
 }

@@ -9,8 +9,8 @@
 
 enum {
   kWord = 64,         // outputs of a word
-  kGroup = 4,         // channels added in one pass over the sums; lists are padded to a multiple
-  kMaxTile = 2048,    // outputs: their float sums stay in the first cache
+  kGroup = 8,         // channels added in one pass over the sums; lists are padded to a multiple
+  kMaxTile = 8192,    // outputs: their float sums stay in the first cache
   kListSlack = 32,    // entries that writing a list may touch behind its end
 };
 
@@ -55,14 +55,22 @@ struct ChannelList {
   int64_t active;  // without
 };
 
-// y [batch, O] of one tile: sum over the list of value * weight, + bias + addend; the latter may be
-// nullptr, addend may be y. With `up` the result is silu(that) times the same sum over `up`, which
-// has the shape and tile of `weight`; addend must then be nullptr.
-struct ChannelArgs {
+// What part of a list adds to one tile: sums[m * pitch + o] = sum over entries [begin, end) of
+// value * weight, for the outputs of the tile, whole words, in an order of the kernel's own.
+struct ChannelSums {
   const ChannelWeight* weight;
-  const ChannelWeight* up;
   const ChannelList* list;
-  int64_t batch;
+  int64_t batch, tile, begin, end;
+  float* sums;
+  int64_t pitch;
+};
+
+// y [batch, O] from the sums of all parts: sums + bias + addend; the latter may be nullptr, addend
+// may be y. With `up` the result is silu(that) times the same of `up` and `up_bias`; no addend then.
+struct ChannelFinish {
+  const float* sums;  // [parts, batch, pitch]
+  const float* up;
+  int64_t parts, batch, pitch, out_features;
   const void* bias;
   const void* up_bias;
   void* y;
@@ -77,7 +85,9 @@ struct ChannelKernel {
   void (*select_union)(const SelectArgs* args, uint8_t* marks, ChannelList* list);
   // ... then the values of row m; returns how many inputs the row counts.
   int64_t (*gather)(const SelectArgs* args, const ChannelList* list, int64_t m);
-  void (*multiply)(const ChannelArgs* args, int64_t tile);
+  void (*sum)(const ChannelSums* args);
+  // Outputs [begin, end); begin starts a word.
+  void (*finish)(const ChannelFinish* args, int64_t begin, int64_t end);
   // Outputs [begin, end) of one tile, whole words but at the end, to out [I, end - begin].
   void (*unpack)(const ChannelWeight* w, void* out, int64_t begin, int64_t end);
 };

@@ -43,7 +43,7 @@ class Plan {
   // y = x W^T + bias for weights that share x [batch, I]; `accumulate` adds to y instead.
   void add_linears(const void* x, int64_t batch, int64_t in_features,
                    const std::vector<PlanWeight>& weights, bool accumulate);
-  // The same over channels that count. `gated`: two weights of one shape and tile, and the first's y
+  // The same over channels that count. `gated`: two weights of one shape, and the first's y
   // = silu(x W1^T + bias1) * (x W2^T + bias2).
   void add_channels(const ChannelSite& site, const std::vector<PlanChannels>& weights,
                     bool accumulate, bool gated);

@@ -18,7 +18,8 @@ from prune_llm_kernels.dispatch import backend_for
 from prune_llm_kernels.packed_weight import PackedWeight
 
 WORD = 64  # outputs of a mask word
-MAX_TILE = 2048  # outputs whose sums stay in the first cache
+MIN_TILE, MAX_TILE = 256, 8192  # outputs whose sums stay in the first cache
+PARTS = 4  # threads that can share a tile
 SLACK = 64  # elements that wide loads may read behind the last chunk
 
 
@@ -98,8 +99,10 @@ def _dense_channels(weight_OI: Tensor, tile: int) -> ChannelWeight:
 
 
 def choose_tile(out_features: int) -> int:
-    """Wide, so that memory is read in long runs, and four tiles a thread where that leaves 512."""
-    parts = 4 * torch.get_num_threads()
-    fair = -(-out_features // parts)
-    width = min(MAX_TILE, max(512, fair), max(out_features, 1))
+    """As wide as may be, so that memory is read in long runs; more tiles only for many threads.
+
+    Threads also share a tile, by channels: see csrc/channel_ops.cpp.
+    """
+    tiles = max(-(-out_features // MAX_TILE), -(-torch.get_num_threads() // PARTS))
+    width = max(min(MIN_TILE, out_features), -(-out_features // tiles), 1)
     return -(-width // WORD) * WORD

@@ -65,8 +65,6 @@ class CpuPlan:
         gate: Gate,
     ) -> None:
         check_linears(x_BI, weights, biases, [out_BO, out_BO], self._dtype, gate)
-        if weights[0].tile != weights[1].tile:
-            raise ValueError(f"tiles {weights[0].tile} and {weights[1].tile}: must be equal")
         self._alive += [x_BI, *weights, *biases, out_BO, gate]
         self._channels(x_BI, weights, biases, [out_BO, out_BO], gate, gated=True)
 

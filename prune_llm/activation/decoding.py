@@ -83,6 +83,10 @@ class PlanGates:
         self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64)
         self._site_of = {name: s for s, site in enumerate(sites) for name in site.linears}
 
+    def site(self, linear: str) -> int | None:
+        """The number of the site that a linear reads."""
+        return self._site_of.get(linear)
+
     def gate(self, linear: str) -> Gate | None:
         """Of the site that a linear reads, by its name in the model; None: it has no threshold."""
         s = self._site_of.get(linear)
@@ -91,18 +95,7 @@ class PlanGates:
         return Gate(self._thresholds_SB[s], self._levels.scales[s], self._counts_S3[s])
 
     def choose(self, row: int, level: Level | None) -> None:
-        """What a row skips from now on; None leaves the row out.
-
-        Raises:
-            ValueError: the level has a threshold for every linear. Plans record one gate for
-                linears that read the same input.
-        """
-        table = self._levels.table
-        if level is not None and level.name != DENSE and table.by_linear:
-            raise ValueError(
-                f"level {level.name!r}: has a threshold for every linear, which the decode kernels "
-                "do not read; make levels with --granularity site, or use the level 'dense'"
-            )
+        """What a row skips from now on; None leaves the row out."""
         if level is None:
             self._thresholds_SB[:, row] = torch.inf
         elif level.name == DENSE:

@@ -72,11 +72,6 @@ class LevelTable:
     def names(self) -> list[str]:
         return [DENSE, *(level.name for level in self.levels)]
 
-    @property
-    def by_linear(self) -> bool:
-        """Whether linears that read the same input may have thresholds that differ."""
-        return self.calibration.get("granularity") == "linear"
-
     def level(self, name: str) -> Level:
         """ValueError, listing the levels there are, where there is none of that name."""
         if name == DENSE:

@@ -14,6 +14,10 @@ MOST = 0.9
 CORRECTIONS = 3
 
 
+class TargetNotMet(ValueError):
+    """No sparsity worth having keeps the target; the message says what can be met."""
+
+
 def largest_sparsity(increase: Callable[[float], float], allowed: float) -> float:
     """The largest overall sparsity whose perplexity increase is at most ``allowed``, by bisection.
 
@@ -21,11 +25,11 @@ def largest_sparsity(increase: Callable[[float], float], allowed: float) -> floa
         increase: of an overall sparsity, as a fraction; taken to grow with it.
 
     Raises:
-        ValueError: the least sparsity worth having costs more already.
+        TargetNotMet: the least sparsity worth having costs more already.
     """
     least = increase(LEAST)
     if not least <= allowed:
-        raise ValueError(
+        raise TargetNotMet(
             f"max_ppl_increase {allowed:.4g}: cannot be met, a sparsity of {LEAST:.0%} already "
             f"costs {least:.2%} on the search text; allow at least {1.05 * least:.2%}"
         )

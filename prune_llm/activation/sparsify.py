@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prune_llm.activation.allocation import ALLOCATIONS
 from prune_llm.activation.copying import copy_weights, write_table
@@ -23,14 +22,14 @@ from prune_llm.activation.texts import Texts, read_texts
 from prune_llm.architecture import RUN_DTYPES, text_width
 from prune_llm.calibration import BUNDLED, Source, check_seq_len, load_tokenizer
 from prune_llm.checkpoint import Staging
+from prune_llm.quality import check_max_ppl_increase, load_to_measure, ppl_increase
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import open_stored
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 REPORT_FILE = "activation_report.json"
 DEFAULT_SPARSITIES = (0.25, 0.4, 0.5)
+# negative log likelihoods by text: "search", "held_out" and, where there is one, "other"
+Base = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class SparsifyConfig:
             if not 0 <= share < 1:
                 raise ValueError(f"activation_sparsity {share}: must be in [0, 1), such as 0.4")
         for target in self.max_ppl_increase:
-            if not (math.isfinite(target) and target > 0):
-                raise ValueError(f"max_ppl_increase {target}: must be above 0, such as 1%")
+            check_max_ppl_increase("max_ppl_increase", target)
         if self.samples < 4:
             raise ValueError(f"samples {self.samples}: must be at least 4, they are split in three")
         if self.seq_len is not None and self.seq_len < 2:
@@ -166,12 +164,34 @@ def sparsify(
     source = open_stored(model)
     with Staging(Path(output)) as staging:
         copy_weights(source, staging.directory, LevelTable(config.criterion, (), ()))
-        run = _Run.start(staging.directory, config, on_progress)
-        table, report = run.calibrate(str(source.directory), str(output))
-        write_table(staging.directory, table)
+        report = add_levels(staging.directory, config, on_progress)
+        report.model, report.output = str(source.directory), str(output)
         report.seconds = time.perf_counter() - started
         report.save(staging.directory / REPORT_FILE)
         staging.publish()
+    return report
+
+
+def add_levels(
+    directory: Path,
+    config: SparsifyConfig,
+    on_progress: OnProgress | None = None,
+    texts: Texts | None = None,
+    base: Base | None = None,
+) -> SparsifyReport:
+    """Calibrate levels on a directory in the sparse form and write them, and the report, into it.
+
+    Args:
+        texts: windows that were drawn already; the text settings of ``config`` are not read then.
+        base: negative log likelihoods, by text, of the dense model before pruning: increases are
+            over them then, and not over the directory's own dense level.
+    """
+    started = time.perf_counter()
+    run = _Run.start(directory, config, on_progress, texts, base)
+    table, report = run.calibrate(str(directory), str(directory))
+    write_table(directory, table)
+    report.seconds = time.perf_counter() - started
+    report.save(directory / REPORT_FILE)
     return report
 
 
@@ -183,12 +203,28 @@ class _Run:
     gated: GatedModel
     texts: Texts
     on_progress: OnProgress | None
+    base: Base | None = None
     phase: Progress = Progress("loading", 0, None)
+    searched: dict[tuple[float, ...], Measured] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, directory: Path, config: SparsifyConfig, on_progress: OnProgress | None) -> _Run:
-        model = _load(directory, config)
-        context = text_width(model)
+    def start(
+        cls,
+        directory: Path,
+        config: SparsifyConfig,
+        on_progress: OnProgress | None,
+        texts: Texts | None,
+        base: Base | None,
+    ) -> _Run:
+        model = load_to_measure(directory, config.device, config.dtype)
+        texts = texts or cls._read(directory, config, text_width(model))
+        gated = GatedModel.of(model, config.criterion, config.ignore, config.granularity)
+        run = cls(config, gated, texts, on_progress, base)
+        gated.tick = run._tick
+        return run
+
+    @staticmethod
+    def _read(directory: Path, config: SparsifyConfig, context: int) -> Texts:
         check_seq_len(config.seq_len, context)
         seq_len = config.seq_len or min(2048, context)
         calibration = Source(
@@ -199,11 +235,7 @@ class _Run:
             held_out = Source(
                 config.held_out, config.separator, config.samples, seq_len, config.seed, "first"
             )
-        texts = read_texts(calibration, held_out, load_tokenizer(directory))
-        gated = GatedModel.of(model, config.criterion, config.ignore, config.granularity)
-        run = cls(config, gated, texts, on_progress)
-        gated.tick = run._tick
-        return run
+        return read_texts(calibration, held_out, load_tokenizer(directory))
 
     def calibrate(self, model: str, output: str) -> tuple[LevelTable, SparsifyReport]:
         """The table, and what it costs on the text that neither thresholds nor search saw."""
@@ -218,14 +250,17 @@ class _Run:
         )
         dense = self._figures("dense", self.gated.dense)
         report.dense_ppl = {text: measured.ppl for text, measured in dense.items()}
+        base = self.base or {text: measured.nll for text, measured in dense.items()}
         levels = []
         for name, thresholds in self._thresholds(quantiles).items():
             figures = self._figures(name, thresholds)
-            levels.append(_level(name, thresholds, figures, dense))
-            report.levels.append(_entry(levels[-1], figures, dense, self.gated))
+            levels.append(_level(name, thresholds, figures, base))
+            report.levels.append(_entry(levels[-1], figures, base, self.gated))
         sites = tuple(site.site for site in self.gated.sites)
         chosen = {name: getattr(self.config, name) for name in ("allocation", "granularity")}
         settings = {**chosen, **self.texts.source}
+        if self.base is not None:
+            settings["ppl_increase_over"] = "the dense model before pruning"
         return LevelTable(self.config.criterion, sites, tuple(levels), settings), report
 
     def _thresholds(self, quantiles: Quantiles) -> dict[str, list[float]]:
@@ -271,22 +306,25 @@ class _Run:
         return realised
 
     def _increase(self, name: str, quantiles: Quantiles, curve: Curve) -> Callable[[float], float]:
-        dense = self._search(name, self.gated.dense).nll
+        dense = self.base or {"search": self._search(name, self.gated.dense).nll}
 
         def increase(planned: float) -> float:
             measured = self._search(name, quantiles.thresholds(curve.at(planned)))
-            return math.expm1(min(measured.nll - dense, 100.0))
+            return ppl_increase(measured.nll, dense["search"])
 
         return increase
 
     def _search(self, name: str, thresholds: list[float]) -> Measured:
-        self._begin(f"level {name}: searching", self.gated.batches(self.texts.search_ST))
-        return self.gated.measure(self.texts.search_ST, thresholds)
+        known = tuple(thresholds)
+        if known not in self.searched:
+            self._begin(f"level {name}: searching", self.gated.batches(self.texts.search_ST))
+            self.searched[known] = self.gated.measure(self.texts.search_ST, thresholds)
+        return self.searched[known]
 
     def _figures(self, name: str, thresholds: list[float]) -> dict[str, Measured]:
         """By the name of the text."""
         texts = {"held_out": self.texts.held_out_ST, "other": self.texts.other_ST}
-        found = {}
+        found = {"search": self._search(name, thresholds)}
         for text, windows_ST in texts.items():
             if windows_ST is not None:
                 self._begin(f"level {name}: measuring", self.gated.batches(windows_ST))
@@ -306,28 +344,11 @@ class _Run:
             self.on_progress(self.phase)
 
 
-def _load(directory: Path, config: SparsifyConfig) -> PreTrainedModel:
-    from transformers.utils import logging
-
-    from prune_llm.integration import load
-    from prune_llm.prune import select_device
-
-    logging.disable_progress_bar()
-    device = select_device(config.device)
-    model = load(directory, dtype=None if config.dtype == "auto" else RUN_DTYPES[config.dtype])
-    model.requires_grad_(False)
-    return model.to(device).eval()
-
-
-def _increase_of(measured: Measured, dense: Measured) -> float:
-    return math.expm1(min(measured.nll - dense.nll, 100.0))
-
-
 def _level(
     name: str,
     thresholds: list[float],
     figures: dict[str, Measured],
-    dense: dict[str, Measured],
+    base: Base,
 ) -> Level:
     """Its figures are those on the other text where there is one."""
     text = "other" if "other" in figures else "held_out"
@@ -337,13 +358,13 @@ def _level(
         tuple(thresholds),
         sparsity=measured.sparsity,
         site_sparsity=measured.site_sparsity,
-        ppl_increase=_increase_of(measured, dense[text]),
+        ppl_increase=ppl_increase(measured.nll, base[text]),
         tokens=measured.tokens,
     )
 
 
 def _entry(
-    level: Level, figures: dict[str, Measured], dense: dict[str, Measured], gated: GatedModel
+    level: Level, figures: dict[str, Measured], base: Base, gated: GatedModel
 ) -> dict[str, Any]:
     """A level in the report."""
     return {
@@ -354,7 +375,7 @@ def _entry(
             text: {
                 "sparsity": measured.sparsity,
                 "ppl": measured.ppl,
-                "ppl_increase": _increase_of(measured, dense[text]),
+                "ppl_increase": ppl_increase(measured.nll, base[text]),
                 "kl": measured.kl,
                 "tokens": measured.tokens,
             }

@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from prune_llm.calibration import Source, load_calibration
+from prune_llm.calibration import Calibration, Source, load_calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,11 +54,28 @@ def read_texts(
     Raises:
         ValueError: too little text, or a held-out text that repeats the calibration text.
     """
-    found = load_calibration(calibration, tokenizer)
-    count = len(found.samples_ST)
+    return cut_texts(load_calibration(calibration, tokenizer), held_out, tokenizer)
+
+
+def cut_texts(
+    found: Calibration,
+    held_out: Source | None,
+    tokenizer: PreTrainedTokenizerBase,
+    pruning: Calibration | None = None,
+) -> Texts:
+    """Split windows that were read.
+
+    Args:
+        pruning: the windows of the text that pruning saw; a held-out text may not repeat them.
+
+    Raises:
+        ValueError: as `read_texts`.
+    """
+    count, seq_len = found.samples_ST.shape
     if count < LEAST_WINDOWS:
+        beside = "" if pruning is None else " beside those for pruning"
         raise ValueError(
-            f"text {calibration.name!r}: gives {count} windows of {calibration.seq_len} tokens and "
+            f"text {found.source!r}: gives {count} windows of {seq_len} tokens{beside} and "
             f"{LEAST_WINDOWS} are needed; give more text, more --samples or a smaller --seq-len"
         )
     fit, search = int(count * FIT_SHARE), max(1, int(count * SEARCH_SHARE))
@@ -65,11 +83,12 @@ def read_texts(
     other_ST = None
     if held_out is not None:
         other_ST = load_calibration(held_out, tokenizer).samples_ST
-        _refuse_overlap(found.samples_ST, other_ST, held_out.name)
+        seen = [found.samples_ST] if pruning is None else [pruning.samples_ST, found.samples_ST]
+        _refuse_overlap(torch.cat(seen), other_ST, held_out.name)
     source = {
         "source": found.source,
         "sha256": found.sha256,
-        "seq_len": calibration.seq_len,
+        "seq_len": seq_len,
         "windows": {"fit": fit, "search": search, "held_out": len(held_out_ST)},
     }
     if held_out is not None and other_ST is not None:

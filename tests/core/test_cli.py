@@ -36,7 +36,7 @@ BAD = [
     (["--pattern", "0:4"], "pattern '0:4'"),
     (["--sparsity", "1.2"], "sparsity '1.2'"),
     (["--sparsity", "2:4"], "N:M goes to --pattern"),
-    (["--sparsity", "0.5", "--pattern", "2:4"], "not both"),
+    (["--sparsity", "0.5", "--pattern", "2:4"], "give one of --sparsity, --pattern and"),
     (["--samples", "abc"], "'abc' is not a valid integer"),
     (["--calibration", "none.txt"], "no such file"),
     (["--device", "cuda:99"], "CUDA devices that torch can use"),

@@ -14,7 +14,7 @@ import prune_llm
 from prune_llm import PruneConfig, prune
 from prune_llm.activation.decoding import model_levels
 from prune_llm.activation.gates import Gates, channel_scales
-from prune_llm.activation.levels import Level, LevelTable
+from prune_llm.activation.levels import ActivationSite, Level, LevelTable
 from prune_llm.activation.sites import find_sites, table_sites
 from prune_llm.channel_linear import ChannelLinear
 from prune_llm.decoder import Draft, PlanDecoder, SpeculativeDecoder, new_decoder, recordable
@@ -237,3 +237,20 @@ def test_thresholds_of_another_model_are_refused(dense_llama: Path) -> None:
     model.config.quantization_config = {"activation": table}
     with pytest.raises(ValueError, match="they belong to another model"):
         new_decoder(model, 8, "30%")
+
+
+def test_linears_of_one_input_may_have_thresholds_of_their_own(dense_llama: Path) -> None:
+    model = prune_llm.load(dense_llama).float()
+    table = add_levels(model)
+    sites, thresholds = [], []
+    for site, threshold in zip(table.sites, table.level("60%").thresholds, strict=True):
+        for place, name in enumerate(site.linears):
+            sites.append(ActivationSite(name, (name,), site.in_features))
+            thresholds.append(threshold * (1 + 0.25 * place))
+    finer = LevelTable("magnitude", tuple(sites), (Level("fine", tuple(thresholds)),))
+    model.config.quantization_config = {"activation": finer.to_json()}
+    expected = gated_logits(model, finer.level("fine"), finer)
+    found, decoder = decoded_logits(model, "fine")
+    assert isinstance(decoder, PlanDecoder) and len(expected) > 3
+    for one, other in zip(found, expected, strict=False):
+        assert torch.allclose(one, other, atol=2e-3 * float(other.std()))

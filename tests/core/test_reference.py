@@ -139,7 +139,7 @@ def peer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (masks, verification):
         monkeypatch.setattr(module, "pruned_per_row", floor_rows)
     # every run holds its masks to our exact counts
-    monkeypatch.setattr(sys.modules["prune_llm.prune"], "check_keep_mask", lambda *_: None)
+    monkeypatch.setattr(sys.modules["prune_llm.prune_block"], "check_keep_mask", lambda *_: None)
     monkeypatch.setattr(sparsegpt._Block, "_keep_unstructured", one_too_many)
 
 

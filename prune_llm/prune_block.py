@@ -1,0 +1,137 @@
+"""One block of a run: calibrated, solved site by site, checked and put on disk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from prune_llm import architecture as arch
+from prune_llm.blocks import Block
+from prune_llm.checkpoint import DTYPES, save_part
+from prune_llm.dense_target import aimed_at_dense
+from prune_llm.masks import Pattern, Scope, check_keep_mask
+from prune_llm.methods import METHODS, Method, Problem, Solution
+from prune_llm.report import LinearResult
+from prune_llm.statistics import InputStatistics, Needs, all_finite
+from prune_llm.windows import needs
+
+if TYPE_CHECKING:
+    from prune_llm.prune import Job
+
+
+def prune_block(job: Job, block: Block, directory: Path) -> None:
+    """Calibrate, solve site by site, and put the block's weights on disk."""
+    pattern = Pattern.parse(job.config.pattern)
+    tensors: dict[str, Tensor] = {}
+    wanted = needs(job.config)
+    for site, statistics in block.statistics(wanted):
+        method = _method(job, f"{block.name}.{site.name}", statistics)
+        _warn_rank(job, f"{block.name}.{site.name}", statistics, wanted)
+        started = time.perf_counter()
+        weights = tuple(block.weight_OI(linear) for linear in site.linears)
+        patterns = (pattern,) * len(weights)
+        _check_finite(site.linears, weights)
+        aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
+        problem = Problem(aimed, patterns, statistics, job.config.damping, job.config.column_block)
+        solutions = method.solve(problem)
+        share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
+        for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
+            _check_counts(linear, solution, pattern, method.scope)
+            disk_name = job.architecture.disk_names[linear.weight_name]
+            stored = _stored(job, linear, disk_name, solution)
+            block.assign(linear, stored)
+            tensors[disk_name] = stored.cpu()
+            error = statistics.relative_error(weight_OI, solution.weight_OI) if statistics else None
+            job.linears.append(
+                LinearResult.of(
+                    linear,
+                    disk_name,
+                    block.index,
+                    pattern,
+                    solution,
+                    stored,
+                    error=error,
+                    seconds=share * weight_OI.numel(),
+                )
+            )
+            job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
+    if tensors:
+        _save(job, block.index, tensors, directory)
+    job.tick(block.index, "pruned")
+
+
+def _method(job: Job, name: str, statistics: InputStatistics | None) -> Method:
+    """What the run asks for; magnitude, with a warning, for an expert that was never reached."""
+    if statistics is None or statistics.tokens > 0:
+        return METHODS[job.config.method]
+    job.warnings.append(
+        f"{name}: no calibration token reached it; pruned by magnitude, give more samples"
+    )
+    return METHODS["magnitude"]
+
+
+def _aimed(
+    job: Job, name: str, weights: tuple[Tensor, ...], statistics: InputStatistics | None
+) -> tuple[Tensor, ...]:
+    """The weights to prune: as they are, or re-solved for the dense model's output."""
+    if job.config.target == "pruned" or statistics is None or statistics.tokens == 0:
+        return weights
+    if statistics.paired == 0:
+        job.warnings.append(
+            f"{name}: none of its tokens are known in the dense model; target pruned instead"
+        )
+        return weights
+    if statistics.paired < statistics.tokens:
+        job.partly_paired.append((statistics.paired, statistics.tokens))
+    aimed, notes = aimed_at_dense(weights, statistics, job.config.damping)
+    job.warnings += [f"{name}: {note}" for note in notes]
+    return aimed
+
+
+def _save(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
+    """Put the pruned weights of one block on disk, by their names there."""
+    if job.writer is None:
+        job.parts |= save_part(directory / f"block-{index:05d}.part", tensors)
+        return
+    sizes = job.writer.add(tensors, [r.tensor for r in job.linears if r.transposed])
+    job.linears = [replace(r, bytes_after=sizes.get(r.tensor, r.bytes_after)) for r in job.linears]
+
+
+def _warn_rank(job: Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
+    if statistics is None or statistics.tokens == 0 or needs < Needs.GRAM:
+        return
+    width = len(statistics.square_sum_I)
+    if statistics.tokens < width:
+        job.warnings.append(
+            f"{name}: {statistics.tokens} calibration tokens for {width} input features, so the "
+            "Gram matrix is rank-deficient and only damping makes it solvable; give more samples"
+        )
+
+
+def _check_finite(linears: tuple[arch.Linear, ...], weights: tuple[Tensor, ...]) -> None:
+    for linear, weight_OI in zip(linears, weights, strict=True):
+        if not all_finite(weight_OI):
+            raise ValueError(f"{linear.weight_name}: holds NaN or infinite weights")
+
+
+def _check_counts(
+    linear: arch.Linear, solution: Solution, pattern: Pattern, scope: Scope | None
+) -> None:
+    """A method that prunes one weight too many or too few is a fault of ours."""
+    problem = check_keep_mask(solution.keep_OI, pattern, scope or "matrix")
+    if problem is not None:
+        raise AssertionError(f"{linear.weight_name}: {problem}")
+
+
+def _stored(job: Job, linear: arch.Linear, disk_name: str, solution: Solution) -> Tensor:
+    """The pruned weight as it goes to disk: original dtype and orientation, no -0.0."""
+    dtype = DTYPES[job.checkpoint.tensors[disk_name].dtype]
+    stored = linear.from_OI(solution.weight_OI).to(dtype).contiguous()
+    stored = stored + 0.0  # -0.0 + 0.0 is +0.0
+    if not all_finite(stored):
+        raise ValueError(f"{linear.weight_name}: its updated weights overflow {dtype}")
+    return stored
