@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from prune_llm.activation.allocation import ALLOCATIONS
 from prune_llm.activation.levels import CRITERIA
+from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.sparsify import Progress, SparsifyConfig, SparsifyReport, sparsify
 from prune_llm.cli_tables import new_table
 
@@ -44,6 +45,7 @@ def _option(name: str, **settings: Any) -> Callable[[Any], Any]:
 )
 @_option("criterion", help=f"What makes an input small: {', '.join(CRITERIA)}.")
 @_option("allocation", help=f"How sites share the sparsity: {', '.join(ALLOCATIONS)}.")
+@_option("granularity", help=f"What has a threshold of its own: {', '.join(GRANULARITIES)}.")
 @_option("calibration", help="Text, JSONL, dataset NAME[:CONFIG[:SPLIT]] or 'bundled' stories.")
 @_option("separator", help="Line between the documents of a text file.")
 @_option("samples", type=int, help="Windows, split for thresholds, search and figures.")

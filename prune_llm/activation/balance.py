@@ -5,14 +5,15 @@ it costs the same, per weight, to skip a little more at any site. What it costs 
 sites at once: each of a set of measurements raises half of the sites and lowers the others, by the
 columns of a Hadamard matrix, so that every measurement tells something of every site (main effects,
 as in the design of experiments). Sites that cost more than the average then give sparsity to those
-that cost less. Every round measures on other windows and the last rounds are averaged, so that no
-draw of text decides.
+that cost less. Every round measures on other windows, and steps become shorter so that in the end
+all rounds count alike, and the start as much as one of them: no draw of text decides.
 
 Nothing is random: the same model and text give the same sparsities.
 
 Why no gradients, and no search that keeps what helped: a gate jumps, and so do the gates behind it.
 On a small model the derivative with the gates held fixed said little about a changed threshold;
-single differences, and exchanges between sites, gained mostly what the next text took back.
+single differences, and exchanges between sites, gained mostly what the next text took back; so did
+steps twice as long as these.
 """
 
 from __future__ import annotations
@@ -26,14 +27,12 @@ from torch import Tensor
 from prune_llm.activation.curve import HIGHEST, Curve, Task, units
 from prune_llm.activation.greedy import greedy
 
-# tokens that each round measures on
-ROUND_TOKENS = 8192
-# rounds: how far sparsities are raised and lowered, and the share of the step that is taken
-ROUNDS = ((0.06, 0.8), (0.06, 0.7), (0.05, 0.6), (0.05, 0.5), (0.05, 0.4), (0.05, 0.4))
+# tokens that a round runs, over all of its measurements, and that each measures on at least
+ROUND_TOKENS, LEAST_TOKENS = 1 << 18, 4096
+# rounds, and how far each raises and lowers sparsities
+ROUNDS, CHANGE = 4, 0.06
 # sparsities are moved by no more than this share of the target
 RELATIVE = 0.2
-# so many of the last rounds are averaged
-AVERAGED = 3
 # ln(cost per weight) grows by about so much for 1 of sparsity
 STEEPNESS = 8.0
 # a site's cost is taken to be within this factor of the average
@@ -71,18 +70,22 @@ class _Balance:
 
     def run(self) -> list[float]:
         movable = units(self.task.gated)
-        history = []
-        for number, (change, length) in enumerate(ROUNDS):
-            windows_ST = self._windows(number)
-            self._round(movable, windows_ST, min(change, RELATIVE * self.target), length)
-            history.append(self.shares)
-        last = history[-AVERAGED:]
-        return [sum(shares) / len(last) for shares in zip(*last, strict=True)]
+        change = min(CHANGE, RELATIVE * self.target)
+        for number in range(ROUNDS):
+            windows_ST = self._windows(number, len(movable))
+            # steps of 1/2, 1/3, 1/4 ..: where the rounds point is averaged, and the start with them
+            self._round(movable, windows_ST, change, 1 / (number + 2))
+        return self.shares
 
-    def _windows(self, number: int) -> Tensor:
-        """Other ones in every round, from the start again when there are no more."""
+    def _windows(self, number: int, units: int) -> Tensor:
+        """Other ones in every round, from the start again when there are no more.
+
+        The more units, the more measurements, and the fewer tokens each: what is told of a unit is
+        told by all of them.
+        """
         all_ST = self.task.windows_ST
-        count = min(max(1, ROUND_TOKENS // all_ST.shape[1]), len(all_ST))
+        tokens = max(ROUND_TOKENS // len(hadamard(units + 1)), LEAST_TOKENS)
+        count = min(max(1, tokens // all_ST.shape[1]), len(all_ST))
         start = number * count % (len(all_ST) - count + 1)
         return all_ST[start : start + count]
 

@@ -22,7 +22,7 @@ from prune_llm.architecture import _decoder_blocks
 from prune_llm.blocks import Call, _split_call
 
 # share of a block's weights that one step gates, and the tokens its error is measured on
-STEP = 0.01
+STEP = 0.005
 ERROR_TOKENS = 1024
 # how far beyond the largest target the curve goes: what is searched on it may lie above
 MARGIN = 0.05

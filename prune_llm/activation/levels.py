@@ -3,11 +3,12 @@
 It lies in config.json under ``quantization_config.activation``, in numbers, so that nothing needs
 sharding. The level "dense" always exists and skips nothing.
 
-A site is an input that linears share: of q, k, v; of o; of gate, up; of down; of an expert's. An
-input x_i of a site is active where ``|x_i| * c_i > t``, computed in float32, with the level's
-threshold t of the site and c_i of the criterion: 1 for "magnitude" (TEAL, 2408.14690), for
-"weight-aware" the root of the summed squares of the columns i of the site's linears (the score of
-WINA, 2505.19427, with one norm for the site).
+A site is an input that linears share: of q, k, v; of o; of gate, up; of down; of an expert's. Or it
+is one linear, and several sites may read the same input, each by its own threshold. An input x_i of
+a site is active where ``|x_i| * c_i > t``, computed in float32, with the level's threshold t of the
+site and c_i of the criterion: 1 for "magnitude" (TEAL, 2408.14690), for "weight-aware" the root of
+the summed squares of the columns i of the site's linears (the score of WINA, 2505.19427, with one
+norm for the site).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class LevelTable:
 
     Attributes:
         criterion: one of CRITERIA.
-        calibration: what the thresholds were taken from, with its hash.
+        calibration: what the thresholds were taken from, with its hash, and how.
     """
 
     criterion: str

@@ -62,9 +62,15 @@ class GatedModel:
     _kept: tuple[Tensor, list[Tensor]] | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, criterion: str, ignore: tuple[str, ...] = ()) -> GatedModel:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        criterion: str,
+        ignore: tuple[str, ...] = (),
+        granularity: str = "site",
+    ) -> GatedModel:
         """Find the sites of a model. Raises ValueError as `find_sites` and `site_scales` do."""
-        sites = find_sites(model, ignore)
+        sites = find_sites(model, ignore, granularity)
         return cls(model, tuple(sites), tuple(site_scales(sites, criterion)))
 
     @property

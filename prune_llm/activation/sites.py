@@ -1,4 +1,8 @@
-"""The sites of a loaded model: which linears of its decoder blocks read one and the same input."""
+"""The sites of a loaded model: the linears of its decoder blocks by what has one threshold.
+
+That is the input that linears share, or every linear by itself: then q, k and v read one input and
+each skips its own part of it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from prune_llm.sparse_linear import SparseLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GRANULARITIES = ("site", "linear")
 # enough for every expert of a block to be reached, or for another of its kind to be
 PROBE_TOKENS = 64
 
@@ -45,15 +50,24 @@ class ModelSite:
         return tuple(linear.module for linear in self.linears)
 
 
-def find_sites(model: PreTrainedModel, ignore: tuple[str, ...] = ()) -> list[ModelSite]:
+def find_sites(
+    model: PreTrainedModel, ignore: tuple[str, ...] = (), granularity: str = "site"
+) -> list[ModelSite]:
     """Sites of all decoder blocks, in the order in which the model reads them.
 
     Found by running the model, dense or packed, once on a few tokens. Linears that match one of
     the shell patterns in ``ignore`` are left out: their inputs stay dense.
 
+    Args:
+        granularity: "site": the linears that share an input are one; "linear": each is one.
+
     Raises:
-        ValueError: a linear reads nothing, or more than one input; or there is no linear.
+        ValueError: an unknown granularity; a linear that reads nothing, or more than one input; or
+            there is no linear.
     """
+    if granularity not in GRANULARITIES:
+        known = ", ".join(GRANULARITIES)
+        raise ValueError(f"granularity {granularity!r}: unknown; choose one of {known}")
     by_block = _linears_by_block(model)
     kept = [
         (index, linear)
@@ -72,6 +86,8 @@ def find_sites(model: PreTrainedModel, ignore: tuple[str, ...] = ()) -> list[Mod
     grouped = _complete(_observe(named, lambda: _probe(model)), names)
     _check_reads(grouped, names)
     by_name = {linear.name: (index, linear) for index, linear in kept}
+    if granularity == "linear":
+        grouped = [(name,) for group in grouped for name in group]
     return [_site([by_name[name] for name in group]) for group in grouped]
 
 

@@ -17,6 +17,7 @@ from prune_llm.activation.levels import CRITERIA, Level, LevelTable
 from prune_llm.activation.measure import GatedModel, Measured
 from prune_llm.activation.quantiles import Quantiles
 from prune_llm.activation.search import largest_sparsity, matching_sparsity
+from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.texts import Texts, read_texts
 from prune_llm.architecture import RUN_DTYPES, text_width
 from prune_llm.calibration import BUNDLED, Source, check_seq_len, load_tokenizer
@@ -42,6 +43,8 @@ class SparsifyConfig:
             sparsity that keeps each of them on the search windows.
         criterion: "magnitude" or "weight-aware" (see levels.py).
         allocation: how the sites share the sparsity: a key of ``ALLOCATIONS``.
+        granularity: "site": one threshold for the input that linears share; "linear": one for
+            every linear, so that q, k and v, or gate and up, skip different parts of it.
         calibration, separator, samples, seq_len, seed: as `prune` reads them; the windows are
             split into those that thresholds, search and the reported figures may see.
         held_out: another text for the reported figures; it must not repeat the calibration text.
@@ -53,6 +56,7 @@ class SparsifyConfig:
     max_ppl_increase: tuple[float, ...] = ()
     criterion: str = "magnitude"
     allocation: str = "greedy"
+    granularity: str = "site"
     calibration: str = BUNDLED
     separator: str | None = None
     samples: int = 128
@@ -67,6 +71,7 @@ class SparsifyConfig:
         for name, choices in (
             ("criterion", CRITERIA),
             ("allocation", tuple(ALLOCATIONS)),
+            ("granularity", GRANULARITIES),
             ("dtype", ("auto", *RUN_DTYPES)),
         ):
             if getattr(self, name) not in choices:
@@ -213,7 +218,7 @@ class _Run:
     ) -> _Run:
         model = load_to_measure(directory, config.device, config.dtype)
         texts = texts or cls._read(directory, config, text_width(model))
-        gated = GatedModel.of(model, config.criterion, config.ignore)
+        gated = GatedModel.of(model, config.criterion, config.ignore, config.granularity)
         run = cls(config, gated, texts, on_progress, base)
         gated.tick = run._tick
         return run
@@ -252,7 +257,8 @@ class _Run:
             levels.append(_level(name, thresholds, figures, base))
             report.levels.append(_entry(levels[-1], figures, base, self.gated))
         sites = tuple(site.site for site in self.gated.sites)
-        settings = {"allocation": self.config.allocation, **self.texts.source}
+        chosen = {name: getattr(self.config, name) for name in ("allocation", "granularity")}
+        settings = {**chosen, **self.texts.source}
         if self.base is not None:
             settings["ppl_increase_over"] = "the dense model before pruning"
         return LevelTable(self.config.criterion, sites, tuple(levels), settings), report

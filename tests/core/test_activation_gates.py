@@ -15,7 +15,7 @@ from prune_llm import PruneConfig, prune
 from prune_llm.activation.gates import Gates, channel_scales, gate, score, site_scales
 from prune_llm.activation.levels import Level, LevelTable
 from prune_llm.activation.measure import GatedModel
-from prune_llm.activation.sites import find_sites, table_sites
+from prune_llm.activation.sites import GRANULARITIES, find_sites, table_sites
 
 QKV = "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj"
 
@@ -66,6 +66,30 @@ def test_sites_of_a_llama() -> None:
     assert [site.block for site in sites] == [0] * 4 + [1] * 4 + [2] * 4
     assert sites[0].site.linears[2] == "model.layers.0.self_attn.v_proj"
     assert sites[3].site.in_features == 100
+
+
+def test_every_linear_a_site_of_its_own() -> None:
+    """Same inputs, same quantiles; the weights and the norms are the linear's own."""
+    model = model_of(llama_config(num_hidden_layers=1))
+    together, alone = find_sites(model), find_sites(model, granularity="linear")
+    linears = [name for site in together for name in site.site.linears]
+    assert [site.name for site in alone] == linears
+    assert [site.site.linears for site in alone] == [(name,) for name in linears]
+    q, k, v, *_ = alone
+    assert [site.weights for site in (q, k, v)] == [64 * 64, 64 * 32, 64 * 32]
+    assert sum(site.weights for site in alone) == sum(site.weights for site in together)
+    norms = site_scales(alone, "weight-aware")
+    for site, norm_I in zip(alone, norms, strict=True):
+        weight_OI = model.get_submodule(site.name).weight
+        assert norm_I is not None and torch.allclose(norm_I, weight_OI.norm(dim=0), rtol=1e-6)
+    windows_ST = torch.randint(264, (4, 33), generator=torch.Generator().manual_seed(0))
+    shared = GatedModel.of(model, "magnitude").quantiles(windows_ST).grid_NG
+    own = GatedModel.of(model, "magnitude", granularity="linear").quantiles(windows_ST).grid_NG
+    assert torch.equal(own, shared[[0, 0, 0, 1, 2, 2, 3]])
+    again = table_sites(model, LevelTable("magnitude", tuple(site.site for site in alone), ()))
+    assert [site.linears[0].name for site in again] == linears
+    with pytest.raises(ValueError, match="granularity 'row': unknown; choose one of site, linear"):
+        find_sites(model, granularity="row")
 
 
 def families() -> dict[str, tuple[Any, list[str]]]:
@@ -121,12 +145,15 @@ def test_sites_of_other_families(name: str) -> None:
     assert measured.kl > 0 and gated.measure(windows_ST, gated.dense).kl == 0
 
 
-def test_gates_do_what_masking_by_hand_does() -> None:
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gates_do_what_masking_by_hand_does(granularity: str) -> None:
     """Against the same forward with every linear replaced by one that masks its own input."""
     model = model_of(llama_config())
     ids_BT = torch.randint(264, (2, 9), generator=torch.Generator().manual_seed(1))
-    sites = find_sites(model)
-    thresholds = [0.3 if index % 4 else 0.7 for index in range(len(sites))]
+    sites = find_sites(model, granularity=granularity)
+    assert len(sites) == {"site": 12, "linear": 21}[granularity]
+    # those of q, k, v and of gate, up differ
+    thresholds = [0.3 + 0.2 * (index % 4) for index in range(len(sites))]
     with torch.inference_mode():
         with Gates(sites, [None] * len(sites), thresholds) as gates:
             logits = model(input_ids=ids_BT).logits
