@@ -9,6 +9,7 @@ from rich.console import Console
 
 from prune_llm.cli_prune import (
     ACTIVATION_OPTIONS,
+    LEVEL_OPTIONS,
     PRUNE_OPTIONS,
     activation_names,
     add_options,
@@ -47,9 +48,9 @@ def frontier_command(
     from prune_llm.cli import console, errors, eval_bar
     from prune_llm_eval.frontier import FrontierConfig, frontier
 
-    chosen = {name: options.pop(f"activation_{name}") for name in ("criterion", "allocation")}
+    chosen = {name: options.pop(f"activation_{name}") for name in LEVEL_OPTIONS}
     timing = {name: options.pop(name) for name in TIMING}
-    with activation_names("criterion", "allocation"):
+    with activation_names(*LEVEL_OPTIONS):
         config = FrontierConfig(
             parse_target(max_ppl_increase),
             parse_shares("sparsities", (sparsities,)),

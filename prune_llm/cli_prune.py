@@ -12,6 +12,7 @@ from rich.console import Console
 
 from prune_llm.activation.allocation import ALLOCATIONS
 from prune_llm.activation.levels import CRITERIA
+from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.sparsify import SparsifyConfig
 from prune_llm.activation.texts import LEAST_WINDOWS
 from prune_llm.cli_sparsify import parse_shares, print_levels
@@ -23,6 +24,8 @@ from prune_llm.report import PruneReport
 
 DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
 Command = Callable[..., Any]
+# of SparsifyConfig, as --activation-NAME
+LEVEL_OPTIONS = ("criterion", "allocation", "granularity")
 
 
 def option(name: str, **settings: Any) -> Callable[[Any], Any]:
@@ -60,6 +63,10 @@ ACTIVATION_OPTIONS = (
     click.option(
         "--activation-allocation",
         help=f"How sites share activation sparsity: {', '.join(ALLOCATIONS)}.  [default: greedy]",
+    ),
+    click.option(
+        "--activation-granularity",
+        help=f"What has a threshold of its own: {', '.join(GRANULARITIES)}.  [default: site]",
     ),
 )
 
@@ -140,7 +147,7 @@ def _levels(options: dict[str, Any]) -> SparsifyConfig | None:
     """Takes the options of the levels out; None where no level is asked for."""
     shares = options.pop("activation_sparsity")
     targets = options.pop("activation_max_ppl_increase")
-    chosen = {name: options.pop(f"activation_{name}") for name in ("criterion", "allocation")}
+    chosen = {name: options.pop(f"activation_{name}") for name in LEVEL_OPTIONS}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if not shares and not targets:
         if chosen:
@@ -149,7 +156,7 @@ def _levels(options: dict[str, Any]) -> SparsifyConfig | None:
                 "--activation-max-ppl-increase"
             )
         return None
-    with activation_names("criterion", "allocation", "max_ppl_increase"):
+    with activation_names(*LEVEL_OPTIONS, "max_ppl_increase"):
         return SparsifyConfig(
             activation_sparsity=parse_shares("activation_sparsity", shares),
             max_ppl_increase=parse_shares("max_ppl_increase", targets),

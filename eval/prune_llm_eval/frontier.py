@@ -63,6 +63,7 @@ class FrontierConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     criterion: str = "magnitude"
     allocation: str = "greedy"
+    granularity: str = "site"
     context: int = 16
     tokens: int = 64
     rounds: int = 5
@@ -89,6 +90,7 @@ class FrontierConfig:
             max_ppl_increase=(self.max_ppl_increase,),
             criterion=self.criterion,
             allocation=self.allocation,
+            granularity=self.granularity,
             samples=max(LEAST_WINDOWS, self.prune.samples),
         )
 
