@@ -41,7 +41,7 @@ def test_layout_is_the_documented_one() -> None:
 
 
 def test_fixed_count_needs_equal_rows() -> None:
-    with pytest.raises(ValueError, match="same number of nonzero"):
+    with pytest.raises(ValueError, match="same number of kept"):
         reference.pack(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), fixed_count=True)
 
 
