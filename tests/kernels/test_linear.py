@@ -20,8 +20,10 @@ def ids(value: object) -> str | None:
 
 
 def assert_as_accurate(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Error against float64 at most twice that of torch's dense op, plus one rounding of y and one of
-    the largest sum on the way to it, which is kept in float32 and may cancel."""
+    """Error against float64 at most twice that of torch's dense op, plus a rounding.
+
+    One of y, and one of the largest sum on the way to it, which is kept in float32 and may cancel.
+    """
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     dense = F.linear(x, weight, bias)
     assert y.dtype == dense.dtype and y.shape == dense.shape
