@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from prune_llm.activation.decoding import model_levels
 from prune_llm.activation.gates import Gates, score
 from prune_llm.activation.levels import DENSE
-from prune_llm.activation.sites import ModelSite
+from prune_llm.activation.sites import ModelSite, table_sites
 from prune_llm.architecture import RUN_DTYPES
 from prune_llm.integration import load
 from prune_llm.prune import select_device
@@ -180,7 +180,9 @@ class PruneLM(HFLM):  # type: ignore[misc]
         levels = None if name == DENSE else model_levels(self.model)
         if levels is not None:
             thresholds = levels.table.level(name).thresholds
-            self.gates = SequenceGates(self.model, levels.sites, levels.scales, thresholds)
+            self.gates = SequenceGates(
+                self.model, table_sites(self.model, levels.table), levels.scales, thresholds
+            )
         elif name == DENSE:
             self.gates = None
         else:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prune_llm.activation.gates import Gates, channel_scales, weighted_mean
+from prune_llm.activation.gates import Gates, channel_scales
 from prune_llm.activation.levels import DENSE, Level, LevelTable, read_table
-from prune_llm.activation.sites import ModelSite, table_sites
+from prune_llm.activation.sites import table_sites
 from prune_llm.channel_linear import use_channels
 from prune_llm_kernels.plan import Gate
 
@@ -25,10 +25,16 @@ EVERY_INPUT = -1.0  # a threshold: see prune_llm_kernels.plan.Gate
 
 @dataclass(frozen=True)
 class ModelLevels:
-    """The levels of a loaded model and what it takes to apply them."""
+    """The levels of a loaded model and what it takes to apply them.
+
+    Holds no module: the weights that a conversion replaces must be free to go.
+
+    Attributes:
+        weights: of each site, counted dense.
+    """
 
     table: LevelTable
-    sites: tuple[ModelSite, ...]
+    weights: tuple[int, ...]
     scales: tuple[Tensor | None, ...]
 
     def gates(self, model: PreTrainedModel, level: str) -> Gates:
@@ -48,8 +54,8 @@ def model_levels(model: PreTrainedModel) -> ModelLevels | None:
         table = read_table(model)
         known["levels"] = None
         if table is not None:
-            sites = tuple(table_sites(model, table))
-            known["levels"] = ModelLevels(table, sites, tuple(channel_scales(model, table)))
+            weights = tuple(site.weights for site in table_sites(model, table))
+            known["levels"] = ModelLevels(table, weights, tuple(channel_scales(model, table)))
     return known["levels"]
 
 
@@ -120,4 +126,5 @@ class PlanGates:
         for site, counts in zip(self._levels.table.sites, self._counts_S3.tolist(), strict=True):
             runs = counts[2] if rows else counts[2] / self._thresholds_SB.shape[1]
             shares.append(counts[column] / (site.in_features * runs) if runs else 1.0)
-        return weighted_mean(shares, self._levels.sites)
+        weights = self._levels.weights
+        return sum(s * w for s, w in zip(shares, weights, strict=True)) / sum(weights)

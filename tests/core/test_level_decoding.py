@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from prune_llm.activation.sites import find_sites, table_sites
 from prune_llm.channel_linear import ChannelLinear
 from prune_llm.decoder import Draft, PlanDecoder, SpeculativeDecoder, new_decoder, recordable
 from prune_llm.generation import generate
+from prune_llm.sparse_linear import SparseLinear
 
 PROMPT = list(b"the quick brown fox jumps over it")
 MORE = list(b" and under the lazy dog, twice or thrice")
@@ -254,3 +257,13 @@ def test_linears_of_one_input_may_have_thresholds_of_their_own(dense_llama: Path
     assert isinstance(decoder, PlanDecoder) and len(expected) > 3
     for one, other in zip(found, expected, strict=False):
         assert torch.allclose(one, other, atol=2e-3 * float(other.std()))
+
+
+def test_the_weights_that_were_converted_are_gone(pruned: Path) -> None:
+    model = prune_llm.load(pruned)
+    add_levels(model)
+    rows = [weakref.ref(m) for m in model.modules() if isinstance(m, SparseLinear)]
+    decoder = new_decoder(model, 64, "60%")
+    gc.collect()
+    assert rows and not any(ref() is not None for ref in rows)
+    assert decoder.statistics().level == "60%"

@@ -78,10 +78,7 @@ def test_gated_products_are_as_exact_as_the_dense_op(
         if rows > 2:
             thresholds[1], thresholds[2] = -1, torch.inf
         counted = reference.counting(x, thresholds, scales)
-        gated = torch.where(counted, x, 0).double()
-        exact = gated @ weight.double().T + bias.double()
-        # sums on the way are float32 and may cancel
-        largest = (gated.abs() @ weight.double().abs().T).max()
+        exact = torch.where(counted, x, 0).double() @ weight.double().T + bias.double()
         for given in (weight, reference.pack(weight)):
             channels = to_channels(given, 64)
             ours, plain = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
@@ -92,7 +89,6 @@ def test_gated_products_are_as_exact_as_the_dense_op(
             )
             allowed = 2 * (expected.double() - exact).abs().max()
             allowed += torch.finfo(dtype).eps * exact.abs().max()
-            allowed += torch.finfo(torch.float32).eps * largest
             assert (found.double() - exact).abs().max() <= allowed
             assert ours[1:].equal(plain[1:])
             assert rows > 8 or ours.equal(plain)  # more rows are listed eight at a time
