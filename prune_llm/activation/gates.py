@@ -35,8 +35,8 @@ def score(x: Tensor, scale_I: Tensor | None) -> Tensor:
 
 
 def gate(x: Tensor, scale_I: Tensor | None, threshold: float) -> Tensor:
-    """x with its inactive inputs, where score <= threshold, replaced by +0."""
-    return torch.where(score(x, scale_I) > threshold, x, torch.zeros_like(x))
+    """x with its inactive inputs, where score <= threshold, replaced by +0. A NaN stays."""
+    return torch.where(score(x, scale_I) <= threshold, torch.zeros_like(x), x)
 
 
 class Gates:
@@ -128,7 +128,7 @@ class Gates:
 
     def _gated(self, index: int, x: Tensor, count: bool) -> Tensor:
         scores = score(x, self.scales[index])
-        active = scores > self.thresholds[index]
+        active = ~(scores <= self.thresholds[index])  # a NaN must show, as in the kernels
         start = self.dense_tokens(x)
         if start:
             active[:, :start] = True

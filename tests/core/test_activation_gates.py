@@ -257,3 +257,9 @@ def test_json_round_trip() -> None:
     assert table.names == ["dense", "25%"] and table.level("25%") is level
     with pytest.raises(ValueError, match="does not exist; this model has dense, 25%"):
         table.level("50%")
+
+
+def test_a_nan_is_never_gated_away() -> None:
+    x = torch.tensor([[0.1, float("nan"), 2.0]])
+    gated = gate(x, None, 1.0)
+    assert gated[0, 0] == 0 and gated[0, 1].isnan() and gated[0, 2] == 2
