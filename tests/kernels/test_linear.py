@@ -44,6 +44,8 @@ def test_odd_shapes(
     isa: str, dtype: torch.dtype, shape: tuple[int, int], make_weight: MakeWeight
 ) -> None:
     O, I = shape
+    # not what earlier tests left: where torch's error happens to be tiny, twice that is too
+    torch.manual_seed(O * 1000 + I)
     for density in (0.0, 0.2, 0.5, 1.0):
         weight = make_weight(O, I, density, dtype)
         packed = reference.pack(weight)
