@@ -19,6 +19,7 @@ from tiny_models import save_tokenizer
 import prune_llm
 from prune_llm import PruneConfig, prune
 from prune_llm.activation.gates import Gates
+from prune_llm.activation.sites import table_sites
 from prune_llm.activation.sparsify import SparsifyConfig, sparsify
 from prune_llm_eval import task_loading
 from prune_llm_eval.harness import PruneLM, first_tokens
@@ -176,9 +177,9 @@ def test_packed_gives_the_numbers_of_the_export(
 def table_gates(model: Any, level: str, first_dense: int) -> Gates:
     levels = prune_llm.activation.decoding.model_levels(model)
     assert levels is not None
-    return Gates(
-        levels.sites, levels.scales, levels.table.level(level).thresholds, first_dense=first_dense
-    )
+    thresholds = levels.table.level(level).thresholds
+    sites = table_sites(model, levels.table)
+    return Gates(sites, levels.scales, thresholds, first_dense=first_dense)
 
 
 def requests(kind: str, arguments: list[Any]) -> list[Instance]:
