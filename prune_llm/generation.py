@@ -186,7 +186,7 @@ def decode(
     ends: frozenset[int],
 ) -> Iterator[Piece]:
     """Prefill, then draw and decode token by token until something ends it."""
-    sampler = Sampler(params)
+    sampler = Sampler(params, ids)
     writer = TextWriter(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), ids)
     stops = StopWatch(params.stop)
     drawn: list[int] = []

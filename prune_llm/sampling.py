@@ -1,13 +1,15 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, seeded.
+"""From logits to a token: biases, penalties, temperature, top-k, top-p, min-p, seeded.
 
-The filters apply in transformers' order: temperature, top-k, top-p, min-p. Shape letter:
-V = vocabulary.
+The order is vLLM's and transformers': bias, penalties, temperature, top-k, top-p, min-p. Shape
+letter: V = vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +30,11 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0: all.
         top_p: keep the most likely tokens that together have at least this probability.
         min_p: keep tokens at least this likely relative to the most likely one.
+        presence_penalty, frequency_penalty: taken from the logits of the tokens drawn so far, once
+            and for each time they were drawn (OpenAI's definition); from -2 to 2.
+        repetition_penalty: divides the positive logits of tokens of prompt and answer, and
+            multiplies the negative ones (Keskar et al. 2019, section 4.1); 1: none.
+        logit_bias: added to the logits of some tokens, by id; from -100 to 100.
         seed: of the draws; None: another one every time.
         stop: texts that end the answer; they are not part of it.
         ignore_eos: go on behind an end-of-text token, for measurements.
@@ -38,6 +45,10 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -53,6 +64,18 @@ class SamplingParams:
             raise ValueError(f"top_p {self.top_p}: must be in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p}: must be in [0, 1]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} {getattr(self, name)}: must be in [-2, 2]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty {self.repetition_penalty}: must be above 0")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not -100 <= bias <= 100:
+                raise ValueError(
+                    f"logit_bias {{{token}: {bias}}}: ids must be 0 or more, biases in [-100, 100]"
+                )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: must be in [0, 2**63)")
         if "" in self.stop:
             raise ValueError("stop '': an empty text would end every answer at once")
 
@@ -71,19 +94,51 @@ def model_defaults(generation_config: Any) -> dict[str, Any]:
 class Sampler:
     """Draws one sequence's tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
         self._params = params
+        self._prompt = frozenset(prompt)
+        self._drawn: Counter[int] = Counter()
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
 
+    @property
+    def plain(self) -> bool:
+        """Whether every draw is the argmax of the logits as they are."""
+        return self._params.temperature == 0 and not self._adjusts
+
+    @property
+    def _adjusts(self) -> bool:
+        params = self._params
+        penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1
+        return any(penalties) or bool(params.logit_bias)
+
     def __call__(self, logits_V: Tensor) -> int:
+        if self._adjusts:
+            logits_V = self._adjusted(logits_V)
         if self._params.temperature == 0:
-            return int(logits_V.argmax())
-        tokens, probabilities = distribution(logits_V, self._params)
-        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+            token = int(logits_V.argmax())
+        else:
+            tokens, probabilities = distribution(logits_V, self._params)
+            token = int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+        self._drawn[token] += 1
+        return token
+
+    def _adjusted(self, logits_V: Tensor) -> Tensor:
+        """Bias, then penalties, in float32; the logits given stay as they are."""
+        params, logits_V = self._params, logits_V.float().clone()
+        for token, bias in params.logit_bias.items():
+            logits_V[token] += bias
+        if params.repetition_penalty != 1:
+            seen = torch.tensor(sorted(self._prompt | self._drawn.keys()))
+            values = logits_V[seen]
+            penalty = params.repetition_penalty
+            logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        for token, count in self._drawn.items():
+            logits_V[token] -= params.presence_penalty + params.frequency_penalty * count
+        return logits_V
 
 
 def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

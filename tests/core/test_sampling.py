@@ -103,3 +103,55 @@ def test_model_defaults() -> None:
     assert model_defaults(SimpleNamespace(do_sample=False, temperature=0.3)) == {}
     sampled = SimpleNamespace(do_sample=True, temperature=None, top_k=20, top_p=0.9)
     assert model_defaults(sampled) == {"temperature": 1.0, "top_k": 20, "top_p": 0.9}
+
+
+def test_bias_and_penalties_by_their_definitions() -> None:
+    """Three draws, each against logits adjusted in float64 from the formulas."""
+    params = SamplingParams(
+        presence_penalty=0.7,
+        frequency_penalty=0.4,
+        repetition_penalty=1.3,
+        logit_bias={3: 5.0, 7: -100.0, 11: 4.0},
+    )
+    prompt, logits_V = (2, 2, 5), logits(300)
+    sampler, drawn = Sampler(params, prompt), []
+    kept = logits_V.clone()
+    for _ in range(12):
+        expected = kept.double()
+        for token, bias in params.logit_bias.items():
+            expected[token] += bias
+        for token in {*prompt, *drawn}:
+            expected[token] *= 1 / 1.3 if expected[token] > 0 else 1.3
+        for token in set(drawn):
+            expected[token] -= 0.7 + 0.4 * drawn.count(token)
+        drawn.append(sampler(logits_V))
+        assert drawn[-1] == int(expected.argmax())
+    assert len(set(drawn)) > 3
+    assert torch.equal(logits_V, kept)
+
+
+def test_only_an_argmax_of_the_logits_as_they_are_is_plain() -> None:
+    assert Sampler(SamplingParams()).plain
+    for changed in (
+        {"temperature": 0.5},
+        {"presence_penalty": 0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+    ):
+        assert not Sampler(SamplingParams(**changed)).plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"presence_penalty": 2.5}, r"presence_penalty 2.5: must be in \[-2, 2\]"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0: must be above 0"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias {-1: 1.0}"),
+        ({"logit_bias": {1: 101.0}}, "logit_bias {1: 101.0}"),
+        ({"seed": -1}, "seed -1: must be in"),
+    ],
+)
+def test_bad_penalties_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**settings)  # type: ignore[arg-type]
