@@ -120,13 +120,17 @@ def stream(
     yield from decode(decoder, ids, replace(params, max_tokens=most), tokenizer, end_ids(model))
 
 
-def load_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: PreTrainedModel, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer beside a loaded model."""
     from transformers import AutoTokenizer
 
     directory = str(model.config.name_or_path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model {directory!r}: has no tokenizer that loads ({reason})") from None
@@ -186,9 +190,7 @@ def decode(
     ends: frozenset[int],
 ) -> Iterator[Piece]:
     """Prefill, then draw and decode token by token until something ends it."""
-    sampler = Sampler(params, ids)
-    writer = TextWriter(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), ids)
-    stops = StopWatch(params.stop)
+    sampler, text = Sampler(params, ids), AnswerText(tokenizer, ids, params.stop)
     drawn: list[int] = []
     started = time.perf_counter()
     logits_V = decoder.prefill(ids)
@@ -197,15 +199,12 @@ def decode(
         token = sampler(logits_V)
         drawn.append(token)
         ended = token in ends and not params.ignore_eos
-        last = ended or len(drawn) == params.max_tokens
-        stopped = stops.add("" if ended else writer.add(token), last=False)
-        if last and not stopped:
-            stops.add(writer.finish(), last=True)
-        reason = "stop" if ended or stopped or stops.stopped else "length" if last else None
+        last = len(drawn) == params.max_tokens
+        reason = text.add(token, "stop" if ended else "length" if last else None)
         yield Piece(
-            stops.take(),
+            text.take(),
             Generation(
-                stops.text,
+                text.text,
                 tuple(drawn),
                 reason,
                 len(ids),
@@ -219,6 +218,42 @@ def decode(
         if reason is not None:
             return
         logits_V = decoder.step(token)
+
+
+class AnswerText:
+    """The text of an answer, token by token, up to a stop text."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        def to_text(tokens: list[int]) -> str:
+            text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+            return text
+
+        self._writer, self._stops = TextWriter(to_text, prompt), StopWatch(stops)
+
+    @property
+    def text(self) -> str:
+        """All that is certain so far."""
+        return self._stops.text
+
+    def add(self, token: int, finish_reason: str | None) -> str | None:
+        """Add a token.
+
+        Args:
+            finish_reason: "stop" if it ends the text and is no part of it, "length" if it is the
+                last one, None if more may follow.
+
+        Returns:
+            "stop" where a stop text was found, else ``finish_reason``.
+        """
+        stops, writer = self._stops, self._writer
+        stopped = stops.add("" if finish_reason == "stop" else writer.add(token), last=False)
+        if finish_reason is not None and not stopped:
+            stops.add(writer.finish(), last=True)
+        return "stop" if stops.stopped else finish_reason
+
+    def take(self) -> str:
+        """What became certain since the last call."""
+        return self._stops.take()
 
 
 class TextWriter:

@@ -1,0 +1,67 @@
+"""What single tokens look like: their text, and the bytes behind it."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Vocabulary:
+    """The tokens of a tokenizer, one by one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._kinds = _decoder_kinds(tokenizer)
+        self._spelled: dict[int, tuple[str, tuple[int, ...] | None]] = {}
+
+    def spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
+        """Text, with U+FFFD for what is no whole character, and bytes; None for a special token."""
+        if token not in self._spelled:
+            self._spelled[token] = self._spell(token)
+        return self._spelled[token]
+
+    def _spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # between the last token and the size of the embedding
+            return "", ()
+        if token in self._special:
+            return piece, None
+        raw = self._bytes(piece)
+        if raw is None:
+            raw = self._tokenizer.decode([token]).encode()
+        return raw.decode(errors="replace"), tuple(raw)
+
+    def _bytes(self, piece: str) -> bytes | None:
+        """By the rules of the tokenizer's decoder; None where it has others than these two."""
+        if "ByteLevel" in self._kinds:
+            table = _byte_letters()
+            return bytes(table[c] for c in piece) if all(c in table for c in piece) else None
+        if self._kinds & {"ByteFallback", "Metaspace"}:
+            if match := _BYTE.fullmatch(piece):
+                return bytes([int(match[1], 16)])
+            return piece.replace("\u2581", " ").encode()
+        return None
+
+
+def _decoder_kinds(tokenizer: Any) -> frozenset[str]:
+    """Kinds of the steps of a fast tokenizer's decoder."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return frozenset()
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    return frozenset(step["type"] for step in [decoder, *decoder.get("decoders", [])])
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The letter that byte-level tokenizers write for each byte (Radford et al. 2019): itself where
+    it prints, else the next one from U+0100 on."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    letters = {chr(byte): byte for byte in printing}
+    return letters | {chr(0x100 + n): byte for n, byte in enumerate(others)}

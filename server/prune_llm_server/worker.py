@@ -1,0 +1,180 @@
+"""The engine process: loads the model, batches sequences, tells the server what came of them.
+
+Started by embedded.py with the number of an open socket. The first message is its configuration;
+then sequences come and go. It ends when the server does, however that ends.
+
+Messages to it: {"add": {...}}, {"cancel": id}. From it: {"loading": {}}, {"ready": {...}},
+{"failed": text}, {"refused": [id, text]}, {"events": [...], "status": {...}}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prune_llm_server.wire import Message, messages, pack
+
+ALIVE_SECONDS = 1.0  # an idle engine says so this often
+_WARM_TOKENS = 4
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with_parent()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    config = inbox.get()
+    connection.sendall(pack({"loading": {}}))
+    try:
+        worker = Worker(config, connection, inbox)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        connection.sendall(pack({"failed": " ".join(str(error).split()) or type(error).__name__}))
+        sys.exit(1)
+    worker.run()
+
+
+def _end_with_parent() -> None:
+    """Where the system can: killed with the server, even while it loads."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # sys/prctl.h
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _receive(connection: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
+    for message in messages(connection):
+        inbox.put(message)
+    os._exit(0)  # the server is gone: there is nobody to tell
+
+
+class Worker:
+    """One model and its batcher."""
+
+    def __init__(
+        self, config: Message, connection: socket.socket, inbox: queue.SimpleQueue[Message]
+    ) -> None:
+        import torch
+
+        import prune_llm
+        from prune_llm.batching import Batcher
+        from prune_llm.generation import end_ids, load_tokenizer
+        from prune_llm.runners import new_runner
+        from prune_llm.sampling import model_defaults
+
+        if config["threads"] is not None:
+            torch.set_num_threads(config["threads"])
+        self._connection, self._inbox = connection, inbox
+        trust = config["trust_remote_code"]
+        model = prune_llm.load(config["model"], trust_remote_code=trust)
+        tokenizer = load_tokenizer(model, trust)
+        runner = new_runner(model, _limits(config, model))
+        if config["default_level"] not in runner.levels:
+            known = ", ".join(runner.levels)
+            raise ValueError(
+                f"default_level {config['default_level']!r}: does not exist; this model has {known}"
+            )
+        Batcher(runner).warm_up(_WARM_TOKENS)
+        self._batcher = Batcher(runner, end_ids(model))
+        holds = runner.pages * runner.limits.page_size
+        info = {
+            "directory": str(model.config.name_or_path),
+            "created": int((Path(model.config.name_or_path) / "config.json").stat().st_mtime),
+            "context": min(runner.context, holds),
+            "vocabulary": min(runner.vocabulary, len(tokenizer)),
+            "levels": list(runner.levels),
+            "sampling": model_defaults(model.generation_config),
+            "details": {
+                "engine": runner.name,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "threads": torch.get_num_threads(),
+                "max_rows": runner.limits.max_rows,
+                "chunk_tokens": runner.limits.chunk_tokens,
+                "cache_bytes": runner.cache_bytes,
+                "cache_tokens": holds,
+                "page_size": runner.limits.page_size,
+            },
+        }
+        self._send({"ready": info, "status": self._status()})
+
+    def run(self) -> None:
+        """Step after step, for ever."""
+        while True:
+            self._take()
+            events = self._batcher.step()
+            self._send(
+                {"events": [_plain(asdict(event)) for event in events], "status": self._status()}
+            )
+
+    def _take(self) -> None:
+        """What came since the last step; waits while there is nothing to run."""
+        while True:
+            try:
+                wait = self._batcher.idle
+                message = self._inbox.get(block=wait, timeout=ALIVE_SECONDS if wait else None)
+            except queue.Empty:
+                if not self._batcher.idle:
+                    return
+                self._send({"events": [], "status": self._status()})
+                continue
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        if "cancel" in message:
+            self._batcher.cancel(message["cancel"])
+            return
+        fields = message["add"]
+        try:
+            self._batcher.add(_request(fields))
+        except ValueError as error:
+            self._send({"refused": [fields["id"], str(error)]})
+
+    def _status(self) -> Message:
+        return asdict(self._batcher.status)
+
+    def _send(self, message: Message) -> None:
+        self._connection.sendall(pack(message))
+
+
+def _limits(config: Message, model: Any) -> Any:
+    from prune_llm.runners import BatchLimits, default_cache_bytes
+
+    limits = BatchLimits(
+        max_rows=config["max_rows"],
+        chunk_tokens=config["chunk_tokens"],
+        cache_bytes=config["cache_bytes"] or default_cache_bytes(model, config["max_rows"]),
+        levels=config["levels"],
+    )
+    return limits
+
+
+def _request(fields: Message) -> Any:
+    from prune_llm.sampling import SamplingParams
+    from prune_llm.sequences import SequenceRequest
+
+    params = fields["params"]
+    bias = {int(token): value for token, value in params["logit_bias"].items()}
+    return SequenceRequest(
+        **{
+            **fields,
+            "ids": tuple(fields["ids"]),
+            "params": SamplingParams(**{**params, "logit_bias": bias, "stop": ()}),
+        }
+    )
+
+
+def _plain(event: Message) -> Message:
+    """Without what is empty: a step has an event of each running sequence."""
+    return {name: value for name, value in event.items() if value not in (None, (), 0) or name == "token"}
+
+
+if __name__ == "__main__":
+    main()
