@@ -64,7 +64,7 @@ class PagePool:
         return page
 
     def register(self, page: int, key: bytes) -> None:
-        """Let others adopt a held page. Where its contents are registered already, that page stays."""
+        """Let others adopt a held page; where a page of these contents is known, that one stays."""
         assert self._holders[page] and page not in self._key_of
         if key not in self._page_of:
             self._page_of[key], self._key_of[page] = page, key
@@ -84,7 +84,7 @@ class PagePool:
         return page is not None and self._holders[page] > 0
 
     def release(self, pages: Sequence[int]) -> None:
-        """One holder of each less. The last is forgotten first: it is of no use without the others."""
+        """One holder of each less. The last is forgotten first: it needs those in front of it."""
         for page in reversed(pages):
             assert self._holders[page] > 0
             self._holders[page] -= 1
