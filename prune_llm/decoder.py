@@ -24,7 +24,7 @@ from prune_llm.attention import FastAttention
 from prune_llm.channel_linear import ChannelLinear
 from prune_llm.fused_block import FusedBlock
 from prune_llm.parts import ModelParts, OtherParts, read_parts
-from prune_llm.recording import Recording, rotary_angles
+from prune_llm.recording import Head, Recording, rotary_angles
 from prune_llm_kernels import tokens
 from prune_llm_kernels.kv_cache import KeyValueCache
 
@@ -188,26 +188,27 @@ class PlanDecoder:
             for _ in parts.blocks
         ]
         self.length = 0  # tokens whose keys and values are valid
-        self.angles = rotary_angles(parts.model, self.caches[0].capacity)
+        self.angles = rotary_angles(parts.model, self.capacity)
         self.position_B = torch.zeros(1, dtype=torch.int64)
         self._recording = self.record(self.position_B, level)
 
-    def record(self, positions_B: Tensor, level: str) -> Recording:
+    def record(self, positions_B: Tensor, level: str) -> WholeStep:
         """A plan over this decoder's one sequence, at a level, for rows at the positions."""
         gates = None
         if self.levels is not None:
             gates = PlanGates(self.levels, len(positions_B))
             for row in range(len(positions_B)):
                 gates.choose(row, self.levels.table.level(level))
-        slots_B = torch.zeros_like(positions_B)
-        return Recording(self.parts, self.caches, slots_B, positions_B, self.angles, gates)
+        pages_BN = torch.zeros(len(positions_B), 1, dtype=torch.int64)
+        blocks = Recording(self.parts, self.caches, pages_BN, positions_B, self.angles, gates)
+        return WholeStep(blocks, Head(self.parts, blocks.x_BD, blocks.plan))
 
     @property
     def capacity(self) -> int:
-        return self.caches[0].capacity
+        return self.caches[0].page_size
 
     def statistics(self) -> DecodeStatistics:
-        gates = self._recording.gates
+        gates = self._recording.blocks.gates
         if gates is None:
             return DecodeStatistics(self._level)
         return DecodeStatistics(self._level, gates.active, gates.read)
@@ -223,9 +224,9 @@ class PlanDecoder:
         Raises:
             ValueError: no token, or more than fit.
         """
-        if not 0 < len(ids) <= self.caches[0].capacity:
+        if not 0 < len(ids) <= self.capacity:
             raise ValueError(
-                f"prompt of {len(ids)} tokens: must have between 1 and {self.caches[0].capacity}"
+                f"prompt of {len(ids)} tokens: must have between 1 and {self.capacity}"
             )
         ids_BT = torch.tensor([list(ids)])
         hidden_D = self._run_fused(ids_BT) if self._fusible(len(ids)) else self._run_model(ids_BT)
@@ -268,12 +269,20 @@ class PlanDecoder:
         self.length += 1
         return logits_V
 
-    def run(self, recording: Recording, token: int, position: int) -> Tensor:
-        """One row of a recording over ``position_B``: logits [V] behind the token."""
-        recording.x_BD[0] = self.parts.embedding_VD[token]
+    def run(self, step: WholeStep, token: int, position: int) -> Tensor:
+        """One row of a step over ``position_B``: logits [V] behind the token."""
+        step.blocks.x_BD[0] = self.parts.embedding_VD[token]
         self.position_B[0] = position
-        recording.plan.run()
-        return recording.logits_BV[0]
+        step.blocks.plan.run()
+        return step.head.logits_BV[0]
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """Blocks and head in one plan."""
+
+    blocks: Recording
+    head: Head
 
 
 @dataclass(frozen=True)
@@ -321,10 +330,10 @@ class SpeculativeDecoder:
             self._propose(token)
             self._verify(token)
         self._decoder.length += 1
-        return self._verifier.logits_BV[self._used]
+        return self._verifier.head.logits_BV[self._used]
 
     def statistics(self) -> DecodeStatistics:
-        gates = self._drafter.gates
+        gates = self._drafter.blocks.gates
         active, read = (None, None) if gates is None else (gates.active, gates.read)
         return DecodeStatistics(self._level, active, read, self._drafted, self._accepted)
 
@@ -344,8 +353,9 @@ class SpeculativeDecoder:
         rows = [token, *self._proposed]
         self._positions_B.fill_(-1)
         self._positions_B[: len(rows)] = self._decoder.length + torch.arange(len(rows))
-        self._verifier.x_BD[: len(rows)] = self._decoder.parts.embedding_VD[torch.tensor(rows)]
-        self._verifier.plan.run()
+        blocks = self._verifier.blocks
+        blocks.x_BD[: len(rows)] = self._decoder.parts.embedding_VD[torch.tensor(rows)]
+        blocks.plan.run()
 
 
 def _keep(cache: KeyValueCache, keys_BKTD: Tensor, values_BKTD: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""The plan of one decode step of a model of Llama's parts, and the buffers it runs through.
+"""The plan of one step of a model of Llama's parts, and the buffers it runs through.
 
-Shape letters: B = rows, one new token each; D = hidden size, I = inputs of a linear, H = query
-heads, K = key-value heads, T = positions, R = rotated part of a head, V = vocabulary.
+Shape letters: B = rows, one token each; N = pages of a sequence, D = hidden size, I = inputs of a
+linear, H = query heads, K = key-value heads, T = positions, R = rotated part of a head,
+V = vocabulary.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Recording:
-    """Records the step. Before each run fill x_BD; afterwards logits_BV holds the result.
+    """Records the blocks. Before each run fill x_BD with embeddings; it then holds what they made.
 
     Args:
-        slots_B, positions_B: int64, read at every run: the cache slot of each row and the position
-            of its new token; -1 leaves the row out.
+        pages_BN, positions_B: int64, read at every run: the cache pages of each row's sequence, and
+            the position of its token; -1 leaves the row out. See `AttentionStep`.
         gates: of the plan's rows, for weights in channel-major order; None: nothing is skipped.
     """
 
@@ -35,20 +36,19 @@ class Recording:
         self,
         parts: ModelParts,
         caches: Sequence[KeyValueCache],
-        slots_B: Tensor,
+        pages_BN: Tensor,
         positions_B: Tensor,
         angles: tuple[Tensor, Tensor],
         gates: PlanGates | None = None,
     ) -> None:
         self._rows = len(positions_B)
         self._dtype = parts.dtype
-        self._positions_B, self._slots_B = positions_B, slots_B
+        self._positions_B, self._pages_BN = positions_B, pages_BN
         self.gates = gates
         self.plan: Plan = new_plan("cpu", parts.dtype)
         width = parts.embedding_VD.shape[1]
         self.x_BD = self._buffer(width)
         self._normed_BD = self._buffer(width)
-        self.logits_BV = self._buffer(parts.head.out_features)
         first = parts.blocks[0]
         self._q_BI, self._out_BI = (self._buffer(first.query.out_features) for _ in range(2))
         self._k_BI, self._v_BI = (self._buffer(first.key.out_features) for _ in range(2))
@@ -56,8 +56,6 @@ class Recording:
         for block, cache in zip(parts.blocks, caches, strict=True):
             self._attention(block, cache, angles)
             self._mlp(block)
-        self._norm(parts.norm, self.x_BD, self._normed_BD)
-        self._linears(self._normed_BD, [parts.head], [self.logits_BV])
 
     def _buffer(self, width: int) -> Tensor:
         return torch.zeros(self._rows, width, dtype=self._dtype)
@@ -83,7 +81,7 @@ class Recording:
             out_BHD,
             *angles,
             cache,
-            self._slots_B,
+            self._pages_BN,
             self._positions_B,
             block.scale,
             block.window,
@@ -133,6 +131,22 @@ class Recording:
         if isinstance(one.weight, ChannelWeight) != isinstance(other.weight, ChannelWeight):
             return False
         return self.gates is None or self.gates.site(one.name) == self.gates.site(other.name)
+
+
+class Head:
+    """Norm and head behind the last block.
+
+    Args:
+        x_BD: what to start from.
+        plan: to append to; None: one of its own.
+    """
+
+    def __init__(self, parts: ModelParts, x_BD: Tensor, plan: Plan | None = None) -> None:
+        self.plan = new_plan("cpu", parts.dtype) if plan is None else plan
+        self.x_BD, normed_BD = x_BD, torch.zeros_like(x_BD)
+        self.logits_BV = x_BD.new_zeros(len(x_BD), parts.head.out_features)
+        self.plan.rms_norm(x_BD, parts.norm.weight, parts.norm.eps, normed_BD)
+        self.plan.linears(normed_BD, [parts.head.weight], [parts.head.bias], [self.logits_BV])
 
 
 def rotary_angles(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,18 @@ void note(const ChannelSite& site, int64_t listed, int64_t active, int64_t rows)
 struct GatherOp : Plan::Op {
   const ChannelKernel& kernel;
   const ChannelSite site;
-  const SelectArgs args;
+  SelectArgs args;
+  const int64_t first, most;
   std::shared_ptr<ListMemory> memory;
 
   GatherOp(const ChannelKernel& kernel, const ChannelSite& site, const SelectArgs& args,
-           std::shared_ptr<ListMemory> memory)
-      : kernel(kernel), site(site), args(args), memory(std::move(memory)) {}
+           int64_t first, std::shared_ptr<ListMemory> memory)
+      : kernel(kernel), site(site), args(args), first(first), most(args.batch),
+        memory(std::move(memory)) {}
+  // one row alone makes its list in ChannelsOp
+  bool resize(int64_t rows) override {
+    return (args.batch = rows_of_run(rows, most, first)) > 1;
+  }
   void before() override {
     kernel.select_union(&args, static_cast<uint8_t*>(memory->marks.get()), &memory->list);
     note(site, memory->list.active, 0, 0);
@@ -70,16 +76,20 @@ struct SumMemory {
 struct ChannelsOp : Plan::Op {
   const ChannelKernel& kernel;
   const ChannelSite site;
-  const SelectArgs select;
+  SelectArgs select;
+  const int64_t first, most;
   std::shared_ptr<ListMemory> memory;
   std::shared_ptr<SumMemory> sums;
   int64_t items = 0;
 
   ChannelsOp(const ChannelKernel& kernel, const ChannelSite& site, const SelectArgs& select,
-             std::shared_ptr<ListMemory> memory, std::shared_ptr<SumMemory> sums)
-      : kernel(kernel), site(site), select(select), memory(std::move(memory)),
-        sums(std::move(sums)) {
+             int64_t first, std::shared_ptr<ListMemory> memory, std::shared_ptr<SumMemory> sums)
+      : kernel(kernel), site(site), select(select), first(first), most(select.batch),
+        memory(std::move(memory)), sums(std::move(sums)) {
     for (const PlanChannels& w : this->sums->weights) items += tile_count(&w.weight) * kParts;
+  }
+  bool resize(int64_t rows) override {
+    return (select.batch = rows_of_run(rows, most, first)) > 0;
   }
   void before() override {
     if (select.batch != 1) return;  // a GatherOp has made the list
@@ -109,15 +119,18 @@ struct ChannelsOp : Plan::Op {
 struct FinishOp : Plan::Op {
   const ChannelKernel& kernel;
   std::shared_ptr<SumMemory> sums;
-  const int64_t batch;
+  const int64_t first, most;
+  int64_t batch;
   const bool accumulate, gated;
   int64_t items = 0;
 
-  FinishOp(const ChannelKernel& kernel, std::shared_ptr<SumMemory> sums, int64_t batch,
-           bool accumulate, bool gated)
-      : kernel(kernel), sums(std::move(sums)), batch(batch), accumulate(accumulate), gated(gated) {
+  FinishOp(const ChannelKernel& kernel, std::shared_ptr<SumMemory> sums, int64_t first,
+           int64_t batch, bool accumulate, bool gated)
+      : kernel(kernel), sums(std::move(sums)), first(first), most(batch), batch(batch),
+        accumulate(accumulate), gated(gated) {
     for (size_t i = 0; i < outputs(); ++i) items += pieces(i);
   }
+  bool resize(int64_t rows) override { return (batch = rows_of_run(rows, most, first)) > 0; }
   size_t outputs() const { return gated ? 1 : sums->weights.size(); }
   int64_t pieces(size_t i) const {
     return (sums->pitches[i] + kFinishOutputs - 1) / kFinishOutputs;
@@ -159,9 +172,9 @@ void Plan::add_channels(const ChannelSite& site, const std::vector<PlanChannels>
     std::vector<PlanChannels> here = weights;
     for (PlanChannels& w : here)
       w.y = rows_from<void>(w.y, first, w.weight.out_features, elem_bytes);
-    if (rows > 1) ops_.push_back(std::make_unique<GatherOp>(kernel, site, select, memory));
+    if (rows > 1) ops_.push_back(std::make_unique<GatherOp>(kernel, site, select, first, memory));
     auto sums = std::make_shared<SumMemory>(here, rows);
-    ops_.push_back(std::make_unique<ChannelsOp>(kernel, site, select, memory, sums));
-    ops_.push_back(std::make_unique<FinishOp>(kernel, sums, rows, accumulate, gated));
+    ops_.push_back(std::make_unique<ChannelsOp>(kernel, site, select, first, memory, sums));
+    ops_.push_back(std::make_unique<FinishOp>(kernel, sums, first, rows, accumulate, gated));
   }
 }

@@ -2,8 +2,8 @@
 // cache, attention of one new token per sequence, SwiGLU; and what calibration sums. C interface, as
 // kernels.h.
 //
-// Shape letters: B = sequences, H = query heads, K = key-value heads, D = size of a head, R = its
-// rotated part, T = capacity of the cache in tokens, a multiple of kKeyLanes.
+// Shape letters: B = rows, H = query heads, K = key-value heads, D = size of a head, R = its rotated
+// part, T = tokens of a page of the cache, a multiple of kKeyLanes, N = pages of a sequence.
 #pragma once
 
 #include <stdint.h>
@@ -50,23 +50,29 @@ struct SquareArgs {
   int64_t tokens, width;
 };
 
-// One new token of each sequence; a sequence with a negative position is left out, its rows of
-// `out` are zeroed.
+// One token of each row; several rows may be successive tokens of one sequence. A row with a
+// negative position is left out and its `out` zeroed.
 struct AttentionStep {
   void* q;        // [B, H, D]; rotated in place
   const void* k;  // [B, K, D]
   const void* v;  // [B, K, D]
   const float* cosine;
-  const float* sine;  // [T, R]
-  void* keys;         // [slots, K, T / kKeyLanes, D, kKeyLanes]
-  void* values;       // [slots, K, T, D rounded up]
-  const int64_t* slots;      // [B] where a sequence lies in the cache
-  const int64_t* positions;  // [B] of the new token, below T
+  const float* sine;  // [N T, R]
+  void* keys;         // [cache_pages, K, T / kKeyLanes, D, kKeyLanes]
+  void* values;       // [cache_pages, K, T, D rounded up]
+  const int64_t* pages;      // [B, N] where token t of a sequence lies: on pages[t / T], at t % T
+  const int64_t* positions;  // [B] of the token, below N T
   void* out;                 // [B, H, D]
-  int64_t batch, heads, kv_heads, head_size, rotary, capacity, slot_count;
+  int64_t batch, heads, kv_heads, head_size, rotary, page_size, cache_pages, page_count;
   int64_t window;  // tokens a query sees, itself included; 0: all
   float scale;
 };
+
+// The row of the cache, in tokens, where a key-value head keeps token t of row b's sequence.
+static inline int64_t cache_row(const struct AttentionStep* a, int64_t b, int64_t kv, int64_t t) {
+  const int64_t page = a->pages[b * a->page_count + t / a->page_size];
+  return (page * a->kv_heads + kv) * a->page_size + t % a->page_size;
+}
 
 struct DecodeKernel {
   void (*rms_norm)(const NormArgs* args, int64_t begin_row, int64_t end_row);

@@ -151,11 +151,10 @@ template <class P> void store_heads(const AttentionStep* a, int64_t begin, int64
       }
       continue;
     }
-    const int64_t kv = (h - a->heads) % K, first = (a->slots[b] * K + kv) * a->capacity;
+    const int64_t kv = (h - a->heads) % K, row = cache_row(a, b, kv, position);
     if (h < a->heads + K) {
       const Elem* k = (const Elem*)a->k + (b * K + kv) * D;
-      Elem* out = (Elem*)a->keys + (first + position / kKeyLanes * kKeyLanes) * D +
-                  position % kKeyLanes;
+      Elem* out = (Elem*)a->keys + row / kKeyLanes * kKeyLanes * D + row % kKeyLanes;
       for (int64_t d = 0; d < D; ++d) {
         const int64_t other = d < half ? d + half : d - half;
         out[d * kKeyLanes] =
@@ -165,7 +164,7 @@ template <class P> void store_heads(const AttentionStep* a, int64_t begin, int64
       }
     } else {
       const Elem* v = (const Elem*)a->v + (b * K + kv) * D;
-      Elem* out = (Elem*)a->values + (first + position) * round_to_lanes(D);
+      Elem* out = (Elem*)a->values + row * round_to_lanes(D);
       for (int64_t d = 0; d < D; ++d) out[d] = v[d];
     }
   }
@@ -182,13 +181,13 @@ template <int G> struct Softmax {
   float most[G], sum[G];
 };
 
-// Scores of groups of 16 keys. Two running sums for each head, whatever G is: the order of addition
-// must not depend on how heads are dealt out to threads.
+// Scores of groups of 16 keys, from group `first` of the pass. Two running sums for each head,
+// whatever G is: the order of addition must not depend on how heads are dealt out to threads.
 template <class P, int G>
-INLINE void score_keys(Softmax<G>* s, const typename P::Elem* keys, int64_t D, int64_t groups,
-                       float scale) {
+INLINE void score_keys(Softmax<G>* s, const typename P::Elem* keys, int64_t D, int64_t first,
+                       int64_t groups, float scale) {
   constexpr int kSums = 2;
-  for (int64_t group = 0; group < groups; ++group, keys += D * kKeyLanes) {
+  for (int64_t group = first; group < first + groups; ++group, keys += D * kKeyLanes) {
     Floats sums[G][kSums];
     UNROLL for (int g = 0; g < G; ++g) UNROLL for (int i = 0; i < kSums; ++i) sums[g][i] = splat(0);
     int64_t d = 0;
@@ -232,7 +231,8 @@ template <int G> INLINE void soften(Softmax<G>* s, int64_t first, int64_t stop, 
   }
 }
 
-// out += weights . values, `Wide` blocks of 16 columns at once.
+// out += weights [first, stop) of the pass . values, `Wide` blocks of 16 columns at once; `values`
+// are those of weight `first`.
 template <class P, int G, int Wide>
 INLINE void add_columns(Softmax<G>* s, const typename P::Elem* values, int64_t pitch,
                         int64_t block, int64_t first, int64_t stop) {
@@ -242,7 +242,7 @@ INLINE void add_columns(Softmax<G>* s, const typename P::Elem* values, int64_t p
   values += block * kKeyLanes;
   for (int64_t j = first; j < stop; ++j) {
     UNROLL for (int w = 0; w < Wide; ++w) {
-      const Floats value = Lanes<P>::load(values + j * pitch + w * kKeyLanes);
+      const Floats value = Lanes<P>::load(values + (j - first) * pitch + w * kKeyLanes);
       UNROLL for (int g = 0; g < G; ++g) sums[g][w] += ((const float*)s->scores[g])[j] * value;
     }
   }
@@ -261,12 +261,23 @@ INLINE void add_values(Softmax<G>* s, const typename P::Elem* values, int64_t pi
   for (; block < blocks; ++block) add_columns<P, G, 1>(s, values, pitch, block, first, stop);
 }
 
-// Query heads head .. head + G - 1 of sequence b, all in one group.
+// Tokens of a row's sequence that lie behind each other in the cache.
+struct Stretch {
+  int64_t row, tokens;
+};
+
+INLINE Stretch stretch_from(const AttentionStep* a, int64_t b, int64_t kv, int64_t token,
+                            int64_t most) {
+  const int64_t on_page = a->page_size - token % a->page_size;
+  return Stretch{cache_row(a, b, kv, token), most < on_page ? most : on_page};
+}
+
+// Query heads head .. head + G - 1 of row b, all in one group. Passes begin at fixed positions and
+// sums run from key to key, so that the pages do not change a bit.
 template <class P, int G> void attend_heads(const AttentionStep* a, int64_t b, int64_t head) {
   typedef typename P::Elem Elem;
   const int64_t D = a->head_size, pitch = round_to_lanes(D), position = a->positions[b];
   const int64_t kv = head / (a->heads / a->kv_heads);
-  const int64_t base = (a->slots[b] * a->kv_heads + kv) * a->capacity;
   Softmax<G> s;
   for (int g = 0; g < G; ++g) {
     const Elem* q = (const Elem*)a->q + (b * a->heads + head + g) * D;
@@ -280,10 +291,18 @@ template <class P, int G> void attend_heads(const AttentionStep* a, int64_t b, i
   for (int64_t key = seen / kKeyLanes * kKeyLanes; key < stop; key += kPassKeys) {
     const int64_t left = stop - key < kPassKeys ? stop - key : kPassKeys;
     const int64_t first = seen > key ? seen - key : 0;
-    score_keys<P, G>(&s, (const Elem*)a->keys + (base + key) * D, D,
-                     (left + kKeyLanes - 1) / kKeyLanes, a->scale);
+    for (int64_t at = 0; at < left;) {
+      const Stretch part = stretch_from(a, b, kv, key + at, left - at);
+      score_keys<P, G>(&s, (const Elem*)a->keys + part.row * D, D, at / kKeyLanes,
+                       (part.tokens + kKeyLanes - 1) / kKeyLanes, a->scale);
+      at += part.tokens;
+    }
     soften<G>(&s, first, left, D);
-    add_values<P, G>(&s, (const Elem*)a->values + (base + key) * pitch, pitch, first, left);
+    for (int64_t at = first; at < left;) {
+      const Stretch part = stretch_from(a, b, kv, key + at, left - at);
+      add_values<P, G>(&s, (const Elem*)a->values + part.row * pitch, pitch, at, at + part.tokens);
+      at += part.tokens;
+    }
   }
   for (int g = 0; g < G; ++g) {
     Elem* out = (Elem*)a->out + (b * a->heads + head + g) * D;

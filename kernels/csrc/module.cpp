@@ -225,14 +225,17 @@ void channels_unpack(int isa, int dtype, uintptr_t data, uintptr_t starts, int64
   isa_at(isa).channels[dtype_at(dtype)].unpack(&weight, reinterpret_cast<void*>(out), begin, end);
 }
 
-void plan_rms_norm(Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows,
-                   int64_t width, float eps) {
-  plan.add_rms_norm(
-      {at<void>(x), at<void>(weight), reinterpret_cast<void*>(y), rows, width, eps});
+void plan_rms_norm(Plan& plan, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t batch,
+                   int64_t heads, int64_t width, float eps) {
+  plan.add_rms_norm({at<void>(x), at<void>(weight), reinterpret_cast<void*>(y), batch * heads,
+                     width, eps},
+                    batch);
 }
 
-void plan_silu_mul(Plan& plan, uintptr_t gate, uintptr_t up, uintptr_t y, int64_t count) {
-  plan.add_silu_mul({at<void>(gate), at<void>(up), reinterpret_cast<void*>(y), count});
+void plan_silu_mul(Plan& plan, uintptr_t gate, uintptr_t up, uintptr_t y, int64_t batch,
+                   int64_t width) {
+  plan.add_silu_mul({at<void>(gate), at<void>(up), reinterpret_cast<void*>(y), batch * width},
+                    batch);
 }
 
 void plan_attention(Plan& plan, const std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>& heads,
@@ -240,16 +243,17 @@ void plan_attention(Plan& plan, const std::tuple<uintptr_t, uintptr_t, uintptr_t
                     const std::tuple<uintptr_t, uintptr_t>& cache,
                     const std::tuple<uintptr_t, uintptr_t>& where, int64_t batch,
                     int64_t head_count, int64_t kv_heads, int64_t head_size, int64_t rotary,
-                    int64_t capacity, int64_t slot_count, int64_t window, float scale) {
+                    int64_t page_size, int64_t cache_pages, int64_t page_count, int64_t window,
+                    float scale) {
   const auto [q, k, v, out] = heads;
   const auto [cosine, sine] = angles;
   const auto [keys, values] = cache;
-  const auto [slots, positions] = where;
+  const auto [pages, positions] = where;
   plan.add_attention({reinterpret_cast<void*>(q), at<void>(k), at<void>(v), at<float>(cosine),
                       at<float>(sine), reinterpret_cast<void*>(keys),
-                      reinterpret_cast<void*>(values), at<int64_t>(slots), at<int64_t>(positions),
+                      reinterpret_cast<void*>(values), at<int64_t>(pages), at<int64_t>(positions),
                       reinterpret_cast<void*>(out), batch, head_count, kv_heads, head_size, rotary,
-                      capacity, slot_count, window, scale});
+                      page_size, cache_pages, page_count, window, scale});
 }
 
 }  // namespace
@@ -309,15 +313,15 @@ NB_MODULE(_C, module) {
            nb::arg("scales"), nb::arg("thresholds"), nb::arg("counts"), nb::arg("weights"),
            nb::arg("accumulate"), nb::arg("gated"))
       .def("rms_norm", &plan_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("y"),
-           nb::arg("rows"), nb::arg("width"), nb::arg("eps"))
+           nb::arg("batch"), nb::arg("heads"), nb::arg("width"), nb::arg("eps"))
       .def("silu_mul", &plan_silu_mul, nb::arg("gate"), nb::arg("up"), nb::arg("y"),
-           nb::arg("count"))
+           nb::arg("batch"), nb::arg("width"))
       .def("attention", &plan_attention, nb::arg("heads"), nb::arg("angles"), nb::arg("cache"),
            nb::arg("where"), nb::arg("batch"), nb::arg("head_count"), nb::arg("kv_heads"),
-           nb::arg("head_size"), nb::arg("rotary"), nb::arg("capacity"), nb::arg("slots"), nb::arg("window"),
-           nb::arg("scale"))
-      .def("run", &Plan::run, nb::arg("threads"), Unlocked(),
-           "False, with nothing run, where a position or slot is outside its cache.");
+           nb::arg("head_size"), nb::arg("rotary"), nb::arg("page_size"), nb::arg("cache_pages"),
+           nb::arg("page_count"), nb::arg("window"), nb::arg("scale"))
+      .def("run", &Plan::run, nb::arg("threads"), nb::arg("rows"), Unlocked(),
+           "False, with nothing run, where a position or page is outside its cache.");
   module.def("channels_measure", &channels_measure, nb::arg("threads"), nb::arg("bitmask"),
              nb::arg("offsets"), nb::arg("offset_bytes"), nb::arg("out_features"),
              nb::arg("in_features"), nb::arg("nnz"), nb::arg("tile"), nb::arg("elem_bytes"),

@@ -50,15 +50,17 @@ int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 struct PrepareOp : Plan::Op {
   const LinearKernel& kernel;
   const char* x;
+  const int64_t most;
   int64_t batch, in_features, row_bytes, pitch_bytes;
   AlignedMemory prepared;
 
   PrepareOp(const LinearKernel& kernel, const void* x, int64_t batch, int64_t in_features,
             int64_t elem_bytes)
-      : kernel(kernel), x(static_cast<const char*>(x)), batch(batch), in_features(in_features),
-        row_bytes(in_features * elem_bytes),
+      : kernel(kernel), x(static_cast<const char*>(x)), most(batch), batch(batch),
+        in_features(in_features), row_bytes(in_features * elem_bytes),
         pitch_bytes(ceil_div(in_features, kPad) * kPad * kernel.x_bytes),
         prepared(allocate_aligned(std::max<int64_t>(1, batch * pitch_bytes))) {}
+  bool resize(int64_t rows) override { return (batch = rows_of_run(rows, most)) > 0; }
   int64_t chunks(int) const override { return batch; }
   void run(int64_t m, int64_t) override {
     kernel.prepare(x + m * row_bytes, in_features,
@@ -69,16 +71,18 @@ struct PrepareOp : Plan::Op {
 struct LinearsOp : Plan::Op {
   const LinearKernel& kernel;
   const void* x;
-  int64_t x_pitch, batch, rows = 0;
+  const int64_t x_pitch, most;
+  int64_t batch, rows = 0;
   std::vector<PlanWeight> weights;
   bool accumulate;
 
   LinearsOp(const LinearKernel& kernel, const void* x, int64_t x_pitch, int64_t batch,
             const std::vector<PlanWeight>& weights, bool accumulate)
-      : kernel(kernel), x(x), x_pitch(x_pitch), batch(batch), weights(weights),
+      : kernel(kernel), x(x), x_pitch(x_pitch), most(batch), batch(batch), weights(weights),
         accumulate(accumulate) {
     for (const PlanWeight& w : weights) rows += w.weight.out_features;
   }
+  bool resize(int64_t run_rows) override { return (batch = rows_of_run(run_rows, most)) > 0; }
   int64_t chunks(int parts) const override {
     return parts == 1 ? 1 : std::min<int64_t>(parts * 8, std::max<int64_t>(rows / 32, 1));
   }
@@ -98,15 +102,18 @@ struct LinearsOp : Plan::Op {
   }
 };
 
-// A function over items [0, count), `step` of them a piece.
+// A function over the items of every row, `step` of them a piece.
 template <class Args> struct RowsOp : Plan::Op {
   void (*const function)(const Args*, int64_t, int64_t);
   const Args args;
-  const int64_t count, step;
+  const int64_t batch, per_row, step;
+  int64_t count;
 
-  RowsOp(void (*function)(const Args*, int64_t, int64_t), const Args& args, int64_t count,
-         int64_t step)
-      : function(function), args(args), count(count), step(step) {}
+  RowsOp(void (*function)(const Args*, int64_t, int64_t), const Args& args, int64_t batch,
+         int64_t per_row, int64_t step)
+      : function(function), args(args), batch(batch), per_row(per_row), step(step),
+        count(batch * per_row) {}
+  bool resize(int64_t rows) override { return (count = rows_of_run(rows, batch) * per_row) > 0; }
   int64_t chunks(int) const override { return ceil_div(count, step); }
   void run(int64_t chunk, int64_t) override {
     function(&args, chunk * step, std::min(count, (chunk + 1) * step));
@@ -116,8 +123,11 @@ template <class Args> struct RowsOp : Plan::Op {
 struct AttendOp : Plan::Op {
   const DecodeKernel& kernel;
   AttentionStep args;
+  const int64_t most;
 
-  AttendOp(const DecodeKernel& kernel, const AttentionStep& args) : kernel(kernel), args(args) {}
+  AttendOp(const DecodeKernel& kernel, const AttentionStep& args)
+      : kernel(kernel), args(args), most(args.batch) {}
+  bool resize(int64_t rows) override { return (args.batch = rows_of_run(rows, most)) > 0; }
   // Whole groups, which read the cache once; parts of them where there are fewer than threads.
   int64_t step(int parts) const {
     const int64_t group = args.heads / args.kv_heads, groups = args.batch * args.kv_heads;
@@ -137,7 +147,7 @@ struct AttendOp : Plan::Op {
 };
 
 struct PlanCall {
-  std::vector<std::unique_ptr<Plan::Op>>* ops;
+  const std::vector<Plan::Op*>* ops;
   Barrier barrier;
 };
 
@@ -161,8 +171,18 @@ void run_part(void* context, int, int parts) {
 namespace {
 
 bool has_place(const AttentionStep& step, int64_t b) {
-  const int64_t position = step.positions[b], slot = step.slots[b];
-  return position < 0 || (position < step.capacity && slot >= 0 && slot < step.slot_count);
+  const int64_t position = step.positions[b];
+  if (position < 0) return true;
+  if (position >= step.page_count * step.page_size) return false;
+  const int64_t* pages = step.pages + b * step.page_count;
+  return std::all_of(pages, pages + position / step.page_size + 1,
+                     [&](int64_t page) { return page >= 0 && page < step.cache_pages; });
+}
+
+bool same_places(const AttentionStep& a, const AttentionStep& b) {
+  return a.pages == b.pages && a.positions == b.positions && a.batch == b.batch &&
+         a.page_size == b.page_size && a.cache_pages == b.cache_pages &&
+         a.page_count == b.page_count;
 }
 
 }  // namespace
@@ -184,31 +204,38 @@ void Plan::add_linears(const void* x, int64_t batch, int64_t in_features,
   ops_.push_back(std::make_unique<LinearsOp>(kernel, x, pitch, batch, weights, accumulate));
 }
 
-void Plan::add_rms_norm(const NormArgs& args) {
-  ops_.push_back(std::make_unique<RowsOp<NormArgs>>(isa_.decode[dtype_].rms_norm, args, args.rows,
-                                                    kNormRows));
+void Plan::add_rms_norm(const NormArgs& args, int64_t batch) {
+  ops_.push_back(std::make_unique<RowsOp<NormArgs>>(isa_.decode[dtype_].rms_norm, args, batch,
+                                                    args.rows / batch, kNormRows));
 }
 
-void Plan::add_silu_mul(const GateArgs& args) {
-  ops_.push_back(std::make_unique<RowsOp<GateArgs>>(isa_.decode[dtype_].silu_mul, args, args.count,
-                                                    kGateValues));
+void Plan::add_silu_mul(const GateArgs& args, int64_t batch) {
+  ops_.push_back(std::make_unique<RowsOp<GateArgs>>(isa_.decode[dtype_].silu_mul, args, batch,
+                                                    args.count / batch, kGateValues));
 }
 
 void Plan::add_attention(const AttentionStep& args) {
-  attentions_.push_back(args);
-  const int64_t heads = args.batch * (args.heads + 2 * args.kv_heads);
+  if (places_.empty() || !same_places(places_.back(), args)) places_.push_back(args);
   ops_.push_back(std::make_unique<RowsOp<AttentionStep>>(isa_.decode[dtype_].store_heads, args,
-                                                         heads, kHeadsPerItem));
+                                                         args.batch,
+                                                         args.heads + 2 * args.kv_heads,
+                                                         kHeadsPerItem));
   ops_.push_back(std::make_unique<AttendOp>(isa_.decode[dtype_], args));
 }
 
-bool Plan::run(int threads) {
-  for (const AttentionStep& step : attentions_)
-    for (int64_t b = 0; b < step.batch; ++b)
+bool Plan::run(int threads, int64_t rows) {
+  for (const AttentionStep& step : places_)
+    for (int64_t b = 0; b < rows_of_run(rows, step.batch); ++b)
       if (!has_place(step, b)) return false;
-  if (ops_.empty()) return true;
-  PlanCall call{&ops_, {}};
-  ops_.front()->before();
+  if (rows != rows_ || busy_.empty()) {
+    busy_.clear();
+    for (const auto& op : ops_)
+      if (op->resize(rows)) busy_.push_back(op.get());
+    rows_ = rows;
+  }
+  if (busy_.empty()) return true;
+  PlanCall call{&busy_, {}};
+  busy_.front()->before();
   run_parallel(threads, run_part, &call);
   return true;
 }

@@ -47,15 +47,16 @@ class Plan {
   // = silu(x W1^T + bias1) * (x W2^T + bias2).
   void add_channels(const ChannelSite& site, const std::vector<PlanChannels>& weights,
                     bool accumulate, bool gated);
-  void add_rms_norm(const NormArgs& args);
-  void add_silu_mul(const GateArgs& args);
+  // args over all the `batch` rows of the plan
+  void add_rms_norm(const NormArgs& args, int64_t batch);
+  void add_silu_mul(const GateArgs& args, int64_t batch);
   // Stores the new keys and values, then attends.
   void add_attention(const AttentionStep& args);
 
-  // Runs every operation in order on `threads` threads; the results do not depend on how many.
-  // Returns false, and runs nothing, if a position or slot is outside its cache.
-  // One run at a time.
-  bool run(int threads);
+  // Runs every operation in order, on the first `rows` of its buffers (below 0: on all) and on
+  // `threads` threads; a row's results do not depend on either. Returns false, and runs nothing, if
+  // a position or page is outside its cache. One run at a time.
+  bool run(int threads, int64_t rows);
 
   struct Op;
 
@@ -63,5 +64,7 @@ class Plan {
   const Isa& isa_;
   const DType dtype_;
   std::vector<std::unique_ptr<Op>> ops_;
-  std::vector<AttentionStep> attentions_;
+  std::vector<Op*> busy_;  // those of ops_ that have work for rows_
+  int64_t rows_ = 0;
+  std::vector<AttentionStep> places_;  // attentions that differ in where their rows lie
 };

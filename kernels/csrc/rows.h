@@ -9,6 +9,7 @@
 //   kCols           columns of one step: 8, 16, 32 or 64
 //   kRows(B, sparse)  rows in flight for B inputs: enough chains to hide latency, few enough
 //                   registers and streams of memory (measured)
+//   kTileRows, kTileInputs  sums in registers where there are many inputs
 //   zero() add(acc, acc) fma(acc, w, x) reduce(acc) to_float(elem) from_float(f)
 //   place(c)        where a prepared input holds column c
 //   expand(mask, p) kept values at p -> kCols weights; may read kCols elements
@@ -45,7 +46,7 @@ INLINE uint64_t tail_word(const uint8_t* p, int64_t columns) {
   return word;
 }
 
-constexpr int64_t kMaxBatch = 8, kPrefetchBytes = 1024;
+constexpr int64_t kNarrowBatch = 8, kPrefetchBytes = 1024;
 // Sums of this many columns are added up: long rows lose less than in one running sum.
 constexpr int64_t kSumColumns = 1024;
 
@@ -79,11 +80,11 @@ INLINE typename P::W last_weights(const uint8_t* mask_at, const typename P::Elem
 
 // One output row per stream r: R rows at once, each `stride` rows behind the one before.
 template <class P, bool Sparse, bool Exact, int R, int B>
-INLINE void multiply_rows(const LinearArgs* a, int64_t row, int64_t stride, int64_t first_input) {
+INLINE void multiply_rows(const LinearArgs* a, int64_t row, int64_t stride) {
   typedef typename P::Elem Elem;
   const Weight* w = a->weight;
   const int64_t columns = w->in_features, full = columns / P::kCols * P::kCols;
-  const typename P::X* x = (const typename P::X*)a->x + first_input * a->x_pitch;
+  const typename P::X* x = (const typename P::X*)a->x;
   const uint8_t* mask_at[R];
   const Elem* value_at[R];
   typename P::Acc acc[R][B], total[R][B];
@@ -99,7 +100,7 @@ INLINE void multiply_rows(const LinearArgs* a, int64_t row, int64_t stride, int6
     for (int64_t c = start; c < stop; c += P::kCols) {
       UNROLL for (int r = 0; r < R; ++r) {
         const auto weights =
-            next_weights<P, Sparse, Exact, B == kMaxBatch>(mask_at[r] + c / 8, &value_at[r]);
+            next_weights<P, Sparse, Exact, false>(mask_at[r] + c / 8, &value_at[r]);
         UNROLL for (int b = 0; b < B; ++b)
           acc[r][b] = P::fma(acc[r][b], weights, x + b * a->x_pitch + c);
       }
@@ -123,9 +124,8 @@ INLINE void multiply_rows(const LinearArgs* a, int64_t row, int64_t stride, int6
   UNROLL for (int r = 0; r < R; ++r) {
     const int64_t o = row + r * stride;
     const float shift = bias ? P::to_float(bias[o]) : 0.0f;
-    const int64_t at = first_input * w->out_features + o;
-    Elem* y = (Elem*)a->y + at;
-    const Elem* addend = a->addend ? (const Elem*)a->addend + at : nullptr;
+    Elem* y = (Elem*)a->y + o;
+    const Elem* addend = a->addend ? (const Elem*)a->addend + o : nullptr;
     UNROLL for (int b = 0; b < B; ++b) {
       const int64_t m = b * w->out_features;
       const float sum = P::reduce(total[r][b]) + shift;
@@ -142,45 +142,173 @@ template <class P> INLINE bool may_overread(const Weight* w, int64_t row) {
 // Rows [begin, end) as R streams of consecutive rows, so that each stream's prefetch runs on into
 // the row it reads next.
 template <class P, bool Sparse, int B>
-void multiply_range(const LinearArgs* a, int64_t begin, int64_t end, int64_t first_input) {
+void multiply_range(const LinearArgs* a, int64_t begin, int64_t end) {
   constexpr int R = P::kRows(B, Sparse);
   const int64_t stride = (end - begin) / R;
   for (int64_t row = begin; row < begin + stride; ++row) {
     if (!Sparse || may_overread<P>(a->weight, row + (R - 1) * stride)) {
-      multiply_rows<P, Sparse, false, R, B>(a, row, stride, first_input);
+      multiply_rows<P, Sparse, false, R, B>(a, row, stride);
     } else {
       for (int r = 0; r < R; ++r)
-        multiply_rows<P, Sparse, true, 1, B>(a, row + r * stride, 0, first_input);
+        multiply_rows<P, Sparse, true, 1, B>(a, row + r * stride, 0);
     }
   }
   for (int64_t row = begin + R * stride; row < end; ++row)
-    multiply_rows<P, Sparse, Sparse, 1, B>(a, row, 0, first_input);
+    multiply_rows<P, Sparse, Sparse, 1, B>(a, row, 0);
 }
 
-template <class P, bool Sparse>
-void multiply_batch(const LinearArgs* a, int64_t begin, int64_t end, int64_t first, int64_t count) {
-  switch (count) {
-    case 1: return multiply_range<P, Sparse, 1>(a, begin, end, first);
-    case 2: return multiply_range<P, Sparse, 2>(a, begin, end, first);
-    case 3: return multiply_range<P, Sparse, 3>(a, begin, end, first);
-    case 4: return multiply_range<P, Sparse, 4>(a, begin, end, first);
-    case 5: return multiply_range<P, Sparse, 5>(a, begin, end, first);
-    case 6: return multiply_range<P, Sparse, 6>(a, begin, end, first);
-    case 7: return multiply_range<P, Sparse, 7>(a, begin, end, first);
-    default: return multiply_range<P, Sparse, 8>(a, begin, end, first);
+template <class P, bool Sparse> void multiply_narrow(const LinearArgs* a) {
+  switch (a->batch) {
+    case 1: return multiply_range<P, Sparse, 1>(a, a->begin, a->end);
+    case 2: return multiply_range<P, Sparse, 2>(a, a->begin, a->end);
+    case 3: return multiply_range<P, Sparse, 3>(a, a->begin, a->end);
+    case 4: return multiply_range<P, Sparse, 4>(a, a->begin, a->end);
+    case 5: return multiply_range<P, Sparse, 5>(a, a->begin, a->end);
+    case 6: return multiply_range<P, Sparse, 6>(a, a->begin, a->end);
+    case 7: return multiply_range<P, Sparse, 7>(a, a->begin, a->end);
+    case 8: return multiply_range<P, Sparse, 8>(a, a->begin, a->end);
   }
 }
 
-// More than kMaxBatch inputs: several passes over a group of rows while it is in the L2 cache.
-template <class P, bool Sparse> void multiply(const LinearArgs* a) {
-  const int64_t group = a->batch > kMaxBatch ? 48 : a->end - a->begin;
-  for (int64_t begin = a->begin; begin < a->end; begin += group) {
-    const int64_t end = begin + group < a->end ? begin + group : a->end;
-    for (int64_t first = 0; first < a->batch; first += kMaxBatch) {
-      const int64_t left = a->batch - first;
-      multiply_batch<P, Sparse>(a, begin, end, first, left < kMaxBatch ? left : kMaxBatch);
+// Many inputs: a panel of kPanelRows rows by kSumColumns columns is expanded once, into the second
+// cache, and multiplied with kPanelInputs inputs, tile by tile; running totals wait in memory. The
+// additions are those of multiply_rows, in its order.
+constexpr int64_t kPanelRows = 24, kPanelInputs = 48;
+
+template <class P> struct Panel {
+  const LinearArgs* a;
+  int64_t row, rows, first, inputs;  // what the totals are of
+  const typename P::Elem* value_at[kPanelRows];
+  typename P::Acc totals[kPanelRows][kPanelInputs];
+  typename P::Elem weights[kPanelRows * kSumColumns] __attribute__((aligned(64)));
+};
+
+template <class P, bool Exact>
+INLINE void expand_row(const uint8_t* mask, const typename P::Elem** value_at, int64_t columns,
+                       typename P::Elem* out) {
+  __builtin_prefetch(mask + kSumColumns / 8, 0, 3);
+  __builtin_prefetch(mask + kSumColumns / 8 + 64, 0, 3);
+  for (int64_t c = 0; c < columns; c += P::kCols)
+    P::store(next_weights<P, true, Exact, true>(mask + c / 8, value_at), out + c);
+}
+
+// Columns [start, start + columns) of the panel's rows, whole steps of them.
+template <class P> INLINE void expand_panel(Panel<P>* p, int64_t start, int64_t columns) {
+  const Weight* w = p->a->weight;
+  for (int64_t r = 0; r < p->rows; ++r) {
+    const uint8_t* mask = w->bitmask + (p->row + r) * mask_pitch(w) + start / 8;
+    typename P::Elem* out = p->weights + r * kSumColumns;
+    if (may_overread<P>(w, p->row + r)) expand_row<P, false>(mask, &p->value_at[r], columns, out);
+    else expand_row<P, true>(mask, &p->value_at[r], columns, out);
+  }
+}
+
+// The last columns of the rows, fewer than a step, with zeros behind them.
+template <class P, bool Sparse> INLINE void expand_tails(Panel<P>* p, int64_t full) {
+  const Weight* w = p->a->weight;
+  for (int64_t r = 0; r < p->rows; ++r) {
+    const uint8_t* mask =
+        Sparse ? w->bitmask + (p->row + r) * mask_pitch(w) + full / 8 : (const uint8_t*)w->values;
+    P::store(last_weights<P, Sparse, true>(mask, p->value_at[r], w->in_features - full),
+             p->weights + r * kSumColumns);
+  }
+}
+
+template <class P, int R, int B>
+INLINE void multiply_tile(Panel<P>* p, const typename P::Elem* weights, int64_t pitch, int64_t r0,
+                          int64_t b0, int64_t start, int64_t columns) {
+  const int64_t x_pitch = p->a->x_pitch;
+  const typename P::X* x = (const typename P::X*)p->a->x + (p->first + b0) * x_pitch + start;
+  weights += r0 * pitch;
+  typename P::Acc acc[R][B];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int b = 0; b < B; ++b) acc[r][b] = P::zero();
+  for (int64_t c = 0; c < columns; c += P::kCols) {
+    typename P::W w[R];
+    UNROLL for (int r = 0; r < R; ++r) w[r] = P::load(weights + r * pitch + c);
+    UNROLL for (int b = 0; b < B; ++b)
+      UNROLL for (int r = 0; r < R; ++r) acc[r][b] = P::fma(acc[r][b], w[r], x + b * x_pitch + c);
+  }
+  UNROLL for (int r = 0; r < R; ++r)
+    UNROLL for (int b = 0; b < B; ++b)
+      p->totals[r0 + r][b0 + b] = P::add(p->totals[r0 + r][b0 + b], acc[r][b]);
+}
+
+template <class P, int R>
+INLINE void multiply_inputs(Panel<P>* p, const typename P::Elem* weights, int64_t pitch,
+                            int64_t r0, int64_t start, int64_t columns) {
+  constexpr int B = P::kTileInputs;
+  int64_t b = 0;
+  for (; b + B <= p->inputs; b += B)
+    multiply_tile<P, R, B>(p, weights, pitch, r0, b, start, columns);
+  for (; b < p->inputs; ++b) multiply_tile<P, R, 1>(p, weights, pitch, r0, b, start, columns);
+}
+
+// Adds columns [start, start + columns) to the totals. weights: of the first row, `pitch` apart.
+template <class P>
+void multiply_panel(Panel<P>* p, const typename P::Elem* weights, int64_t pitch, int64_t start,
+                    int64_t columns) {
+  constexpr int R = P::kTileRows;
+  int64_t r = 0;
+  for (; r + R <= p->rows; r += R) multiply_inputs<P, R>(p, weights, pitch, r, start, columns);
+  for (; r < p->rows; ++r) multiply_inputs<P, 1>(p, weights, pitch, r, start, columns);
+}
+
+template <class P> void finish_panel(const Panel<P>* p) {
+  typedef typename P::Elem Elem;
+  const LinearArgs* a = p->a;
+  const Elem* bias = (const Elem*)a->bias;
+  for (int64_t r = 0; r < p->rows; ++r) {
+    const float shift = bias ? P::to_float(bias[p->row + r]) : 0.0f;
+    for (int64_t b = 0; b < p->inputs; ++b) {
+      const int64_t at = (p->first + b) * a->weight->out_features + p->row + r;
+      const float sum = P::reduce(p->totals[r][b]) + shift;
+      const float addend = a->addend ? P::to_float(((const Elem*)a->addend)[at]) : 0.0f;
+      ((Elem*)a->y)[at] = P::from_float(a->addend ? sum + addend : sum);
     }
   }
+}
+
+template <class P, bool Sparse> void run_panel(Panel<P>* p) {
+  typedef typename P::Elem Elem;
+  const Weight* w = p->a->weight;
+  const int64_t columns = w->in_features, full = columns / P::kCols * P::kCols;
+  for (int64_t r = 0; r < p->rows; ++r) {
+    const int64_t o = p->row + r;
+    p->value_at[r] = (const Elem*)w->values + (Sparse ? row_start(w, o) : o * columns + full);
+    for (int64_t b = 0; b < p->inputs; ++b) p->totals[r][b] = P::zero();
+  }
+  for (int64_t start = 0; start < full; start += kSumColumns) {
+    const int64_t count = full - start < kSumColumns ? full - start : kSumColumns;
+    if (Sparse) {
+      expand_panel(p, start, count);
+      multiply_panel(p, p->weights, kSumColumns, start, count);
+    } else {
+      multiply_panel(p, (const Elem*)w->values + p->row * columns + start, columns, start, count);
+    }
+  }
+  if (full < columns) {
+    expand_tails<P, Sparse>(p, full);
+    multiply_panel(p, p->weights, kSumColumns, full, P::kCols);
+  }
+  finish_panel(p);
+}
+
+template <class P, bool Sparse> void multiply_wide(const LinearArgs* a) {
+  Panel<P> panel;
+  panel.a = a;
+  for (panel.row = a->begin; panel.row < a->end; panel.row += kPanelRows) {
+    panel.rows = a->end - panel.row < kPanelRows ? a->end - panel.row : kPanelRows;
+    for (panel.first = 0; panel.first < a->batch; panel.first += kPanelInputs) {
+      const int64_t left = a->batch - panel.first;
+      panel.inputs = left < kPanelInputs ? left : kPanelInputs;
+      run_panel<P, Sparse>(&panel);
+    }
+  }
+}
+
+template <class P, bool Sparse> void multiply(const LinearArgs* a) {
+  if (a->batch <= kNarrowBatch) multiply_narrow<P, Sparse>(a);
+  else multiply_wide<P, Sparse>(a);
 }
 
 template <class P> void unpack(const Weight* w, void* out, int64_t begin, int64_t end) {

@@ -188,7 +188,7 @@ int main() {
     for (int dtype = 0; dtype < kDTypes; ++dtype)
       for (const auto& shape : shapes)
         for (double density : {0.0, 0.3, 0.5, 1.0})
-          for (int64_t batch : {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 17})
+          for (int64_t batch : {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 17, 53})
             test_case(*isas[i], Case(DType(dtype), shape[0], shape[1], batch, density, ++seed));
     test_faults(*isas[i]);
     test_concurrent_calls(*isas[i]);

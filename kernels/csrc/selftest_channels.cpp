@@ -74,7 +74,7 @@ Run multiply(const Isa& isa, const Channels& c, const ChannelWeight& weight, con
   Plan plan(isa, c.dtype);
   plan.add_channels({x, nullptr, thresholds, c.I, batch, run.counts},
                     {{weight, nullptr, run.y.data()}}, false, false);
-  plan.run(threads);
+  plan.run(threads, -1);
   return run;
 }
 

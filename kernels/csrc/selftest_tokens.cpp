@@ -51,17 +51,20 @@ struct Shape {
   int64_t heads, kv_heads, head_size, rotary, window;
 };
 
-// q, k, v of new tokens behind a past, in a cache of exactly the size that is promised.
+// q, k, v of new tokens behind a past, in a cache of exactly the size that is promised: each row has
+// one page of 32 tokens or two of 16.
 struct Decoding {
   DType dtype;
   Shape shape;
-  std::vector<int64_t> positions, slots;
-  int64_t capacity = 32;
+  int64_t capacity = 32, page_count;
+  std::vector<int64_t> positions, pages;
   Values q, k, v, out, keys, values;
   std::vector<float> cosine, sine;
 
-  Decoding(DType dtype, Shape s)
-      : dtype(dtype), shape(s), positions{0, 17, -1, 31}, slots{2, 0, 3, 1},
+  Decoding(DType dtype, Shape s, int64_t page_count)
+      : dtype(dtype), shape(s), page_count(page_count), positions{0, 17, -1, 31},
+        pages(page_count == 1 ? std::vector<int64_t>{2, 0, 3, 1}
+                              : std::vector<int64_t>{5, 0, 2, 7, 4, 4, 6, 1}),
         q(dtype, size_t(4 * s.heads * s.head_size)), k(dtype, size_t(4 * s.kv_heads * s.head_size)),
         v(dtype, size_t(4 * s.kv_heads * s.head_size)),
         out(dtype, size_t(4 * s.heads * s.head_size), true),
@@ -71,18 +74,21 @@ struct Decoding {
 
   AttentionStep step() {
     return {q.at(),          k.at(),          v.at(),           cosine.data(),   sine.data(),
-            keys.at(),       values.at(),     slots.data(),     positions.data(), out.at(),
+            keys.at(),       values.at(),     pages.data(),     positions.data(), out.at(),
             4,               shape.heads,     shape.kv_heads,   shape.head_size, shape.rotary,
-            capacity,        4,               shape.window,     0.5f};
+            page_size(),     4 * page_count,  page_count,       shape.window,    0.5f};
   }
-  double key(int64_t slot, int64_t kv, int64_t t, int64_t d) const {
-    const int64_t D = shape.head_size, group = t / kKeyLanes * kKeyLanes;
-    return keys[size_t(((slot * shape.kv_heads + kv) * capacity + group) * D + d * kKeyLanes +
-                       t % kKeyLanes)];
+  int64_t page_size() const { return capacity / page_count; }
+  int64_t row(int64_t b, int64_t kv, int64_t t) const {
+    const int64_t page = pages[size_t(b * page_count + t / page_size())];
+    return (page * shape.kv_heads + kv) * page_size() + t % page_size();
   }
-  double value(int64_t slot, int64_t kv, int64_t t, int64_t d) const {
-    const int64_t pitch = round_to_lanes(shape.head_size);
-    return values[size_t(((slot * shape.kv_heads + kv) * capacity + t) * pitch + d)];
+  double key(int64_t b, int64_t kv, int64_t t, int64_t d) const {
+    const int64_t at = row(b, kv, t), group = at / kKeyLanes * kKeyLanes;
+    return keys[size_t(group * shape.head_size + d * kKeyLanes + at % kKeyLanes)];
+  }
+  double value(int64_t b, int64_t kv, int64_t t, int64_t d) const {
+    return values[size_t(row(b, kv, t) * round_to_lanes(shape.head_size) + d)];
   }
   // After a run: the cache holds the new token, angles are zero, so q is what it was.
   bool right() const {
@@ -96,10 +102,10 @@ struct Decoding {
         for (int64_t t = first; t <= last; ++t) {
           double score = 0;
           for (int64_t d = 0; d < D; ++d)
-            score += q[size_t((b * shape.heads + h) * D + d)] * key(slots[b], kv, t, d);
+            score += q[size_t((b * shape.heads + h) * D + d)] * key(b, kv, t, d);
           const double weight = std::exp(score * 0.5);
           sum += weight;
-          for (int64_t d = 0; d < D; ++d) exact[size_t(d)] += weight * value(slots[b], kv, t, d);
+          for (int64_t d = 0; d < D; ++d) exact[size_t(d)] += weight * value(b, kv, t, d);
         }
         for (int64_t d = 0; d < D; ++d) {
           const double expected = last < 0 ? 0 : exact[size_t(d)] / sum;
@@ -110,27 +116,37 @@ struct Decoding {
   }
 };
 
+void test_decode_attention(const Isa& isa, DType dtype, const Shape& shape, int64_t page_count) {
+  Decoding decoding(dtype, shape, page_count);
+  Plan plan(isa, dtype);
+  plan.add_attention(decoding.step());
+  bool ran = plan.run(1, -1);
+  expect(ran && decoding.right(), "decode attention", isa, dtype, shape.heads, shape.head_size,
+         page_count);
+  const std::vector<char> first = decoding.out.data;
+  for (int threads = 2; threads <= 5; ++threads) {
+    std::fill(decoding.out.data.begin(), decoding.out.data.end(), '\x7f');
+    ran = plan.run(threads, -1);
+    expect(ran && decoding.out.data == first, "threads change decode attention", isa, dtype,
+           shape.heads, shape.head_size, threads);
+  }
+  std::fill(decoding.out.data.begin(), decoding.out.data.end(), '\x7f');
+  ran = plan.run(2, 3);
+  const size_t row = first.size() / 4;
+  expect(ran && std::equal(first.begin(), first.end() - long(row), decoding.out.data.begin()) &&
+             decoding.out.data.back() == '\x7f',
+         "fewer rows change decode attention", isa, dtype, shape.heads, shape.head_size, 3);
+  decoding.positions[1] = decoding.capacity;
+  expect(!plan.run(1, 4), "a position behind the pages ran", isa, dtype, 0, 0, 0);
+  expect(plan.run(1, 1), "a row that is not run was refused", isa, dtype, 0, 0, 0);
+  decoding.positions[1] = 3, decoding.pages[size_t(page_count)] = 4 * page_count;
+  expect(!plan.run(1, -1), "a page behind the cache ran", isa, dtype, 0, 0, 0);
+}
+
 void test_decode_attention(const Isa& isa, DType dtype) {
   for (const Shape& shape : {Shape{1, 1, 2, 2, 0}, Shape{8, 1, 64, 64, 0}, Shape{6, 2, 33, 16, 0},
-                             Shape{4, 4, 80, 40, 5}, Shape{9, 3, 16, 0, 0}}) {
-    Decoding decoding(dtype, shape);
-    Plan plan(isa, dtype);
-    plan.add_attention(decoding.step());
-    bool ran = plan.run(1);
-    expect(ran && decoding.right(), "decode attention", isa, dtype, shape.heads, shape.head_size,
-           shape.kv_heads);
-    const std::vector<char> first = decoding.out.data;
-    for (int threads = 2; threads <= 5; ++threads) {
-      std::fill(decoding.out.data.begin(), decoding.out.data.end(), '\x7f');
-      ran = plan.run(threads);
-      expect(ran && decoding.out.data == first, "threads change decode attention", isa, dtype,
-             shape.heads, shape.head_size, threads);
-    }
-    decoding.positions[1] = decoding.capacity;
-    expect(!plan.run(1), "a position behind the cache ran", isa, dtype, 0, 0, 0);
-    decoding.positions[1] = 3, decoding.slots[1] = 4;
-    expect(!plan.run(1), "a slot behind the cache ran", isa, dtype, 0, 0, 0);
-  }
+                             Shape{4, 4, 80, 40, 5}, Shape{9, 3, 16, 0, 0}})
+    for (int64_t page_count : {1, 2}) test_decode_attention(isa, dtype, shape, page_count);
 }
 
 // Everything of a block behind each other; only that it is clean and does not depend on threads.
@@ -145,12 +161,12 @@ void test_whole_plan(const Isa& isa, DType dtype) {
     return Weight{nullptr, w.at(), nullptr, 0, O, I, O * I, I};
   };
   Plan plan(isa, dtype);
-  plan.add_rms_norm({x.at(), norm.at(), normed.at(), batch, width, 1e-5f});
+  plan.add_rms_norm({x.at(), norm.at(), normed.at(), batch, width, 1e-5f}, batch);
   plan.add_linears(normed.at(), batch, width,
                    {{dense(gate_weight, inner, width), bias.at(), gate.at()},
                     {dense(up_weight, inner, width), nullptr, up.at()}},
                    false);
-  plan.add_silu_mul({gate.at(), up.at(), gate.at(), batch * inner});
+  plan.add_silu_mul({gate.at(), up.at(), gate.at(), batch * inner}, batch);
   plan.add_linears(gate.at(), batch, inner, {{dense(down_weight, width, inner), nullptr, x.at()}},
                    true);
   const std::vector<char> start = x.data;
@@ -159,7 +175,7 @@ void test_whole_plan(const Isa& isa, DType dtype) {
     x.data = start;
     bool ran = true;
     // a replay adds to x again: many meetings of the threads
-    for (int token = 0; token < 20; ++token) ran = ran && plan.run(threads);
+    for (int token = 0; token < 20; ++token) ran = ran && plan.run(threads, -1);
     results[threads - 1] = x.data;
     expect(ran && x.data == results[0], "plan", isa, dtype, width, inner, threads);
   }

@@ -17,6 +17,7 @@ from prune_llm_kernels.plan import (
     check_buffer,
     check_linears,
     check_places,
+    check_rows,
     check_step,
 )
 
@@ -29,6 +30,13 @@ class CpuPlan:
         self._plan = _C.Plan(isa_index(isa), dtype_code(dtype))
         self._alive: list[object] = []  # the plan holds addresses only
         self._steps: list[AttentionStep] = []
+        self._fewest: int | None = None  # rows of the smallest buffer
+
+    def _row_count(self, buffer_B: Tensor) -> int:
+        """Rows of an operation; noted, because a run must not ask for more."""
+        rows = len(buffer_B)
+        self._fewest = rows if self._fewest is None else min(self._fewest, rows)
+        return rows
 
     def linears(
         self,
@@ -53,7 +61,7 @@ class CpuPlan:
             (*_weight_arguments(weight), _address(bias), out.data_ptr())
             for weight, bias, out in zip(weights, biases, outs_BO, strict=True)
         ]
-        rows, columns = x_BI.shape
+        rows, columns = self._row_count(x_BI), x_BI.shape[1]
         self._plan.linears(x_BI.data_ptr(), rows, columns, entries, accumulate)
 
     def swiglu(
@@ -84,9 +92,8 @@ class CpuPlan:
                 raise ValueError("weights: some are channel-major and some are not; convert all")
             entries.append((*_channel_arguments(weight), _address(bias), out.data_ptr()))
         gate_at = _address(gate.scales_I), gate.thresholds_B.data_ptr(), _address(gate.counts)
-        self._plan.channels(
-            x_BI.data_ptr(), len(x_BI), x_BI.shape[1], *gate_at, entries, accumulate, gated
-        )
+        rows, columns = self._row_count(x_BI), x_BI.shape[1]
+        self._plan.channels(x_BI.data_ptr(), rows, columns, *gate_at, entries, accumulate, gated)
 
     def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
         width = x_BI.shape[-1]
@@ -94,23 +101,25 @@ class CpuPlan:
         check_buffer("weight", weight_I, self._dtype, (width,))
         check_buffer("out", out_BI, self._dtype, tuple(x_BI.shape))
         self._alive += [x_BI, weight_I, out_BI]
-        rows = x_BI.numel() // width
+        rows = self._row_count(x_BI)
+        heads = x_BI.numel() // (rows * width)
         self._plan.rms_norm(
-            x_BI.data_ptr(), weight_I.data_ptr(), out_BI.data_ptr(), rows, width, eps
+            x_BI.data_ptr(), weight_I.data_ptr(), out_BI.data_ptr(), rows, heads, width, eps
         )
 
     def silu_mul(self, gate_BI: Tensor, up_BI: Tensor, out_BI: Tensor) -> None:
         for name, tensor in (("gate", gate_BI), ("up", up_BI), ("out", out_BI)):
             check_buffer(name, tensor, self._dtype, tuple(gate_BI.shape))
         self._alive += [gate_BI, up_BI, out_BI]
+        rows = self._row_count(gate_BI)
         self._plan.silu_mul(
-            gate_BI.data_ptr(), up_BI.data_ptr(), out_BI.data_ptr(), gate_BI.numel()
+            gate_BI.data_ptr(), up_BI.data_ptr(), out_BI.data_ptr(), rows, gate_BI.numel() // rows
         )
 
     def attention(self, step: AttentionStep) -> None:
         check_step(step, self._dtype)
         self._steps.append(step)
-        B, H, D = step.q_BHD.shape
+        B, H, D = self._row_count(step.q_BHD), *step.q_BHD.shape[1:]
         cache = step.cache
         self._plan.attention(
             (
@@ -121,22 +130,27 @@ class CpuPlan:
             ),
             (step.cosine_TR.data_ptr(), step.sine_TR.data_ptr()),
             (cache.keys.data_ptr(), cache.values.data_ptr()),
-            (step.slots_B.data_ptr(), step.positions_B.data_ptr()),
+            (step.pages_BN.data_ptr(), step.positions_B.data_ptr()),
             B,
             H,
             cache.kv_heads,
             D,
             step.cosine_TR.shape[1],
-            cache.capacity,
-            cache.slots,
+            cache.page_size,
+            cache.pages,
+            step.pages_BN.shape[1],
             step.window,
             step.scale,
         )
 
-    def run(self) -> None:
-        if not self._plan.run(torch.get_num_threads()):
+    def run(self, rows: int | None = None) -> None:
+        if self._fewest is None:
+            return
+        # None runs every row of buffers of different lengths
+        count = -1 if rows is None else check_rows(rows, self._fewest)
+        if not self._plan.run(torch.get_num_threads(), count):
             for step in self._steps:
-                check_places(step)
+                check_places(step, len(step.positions_B) if rows is None else rows)
             raise AssertionError("the plan refused to run and every place fits")
 
 

@@ -1,11 +1,14 @@
 """Keys and values of past tokens, in the layout that decode attention reads.
 
-Shape letters: S = slots (sequences that fit), K = key-value heads, T = capacity in tokens,
-D = head size, L = LANES.
+The cache is cut into pages of so many tokens; a sequence's tokens lie on pages in any order, and
+sequences may share pages. Where each has one page of its own, a page is a slot.
+
+Shape letters: P = pages, K = key-value heads, T = tokens of a page, D = head size, L = LANES.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +27,8 @@ class KeyValueCache:
     """The cache of one attention layer.
 
     Attributes:
-        keys: [S, K, T / L, D, L]: 16 tokens innermost, so that scores need no sum across lanes.
-        values: [S, K, T, D rounded up to L].
+        keys: [P, K, T / L, D, L]: 16 tokens innermost, so that scores need no sum across lanes.
+        values: [P, K, T, D rounded up to L].
         head_size: D.
     """
 
@@ -35,26 +38,26 @@ class KeyValueCache:
 
     @staticmethod
     def allocate(
-        slots: int, kv_heads: int, capacity: int, head_size: int, dtype: torch.dtype
+        pages: int, kv_heads: int, page_size: int, head_size: int, dtype: torch.dtype
     ) -> KeyValueCache:
-        """Zeros for ``slots`` sequences of ``capacity`` tokens, rounded up to 16.
+        """Zeros for ``pages`` of ``page_size`` tokens, rounded up to 16.
 
         Raises:
             ValueError: a size below 1, or a head size above 256.
         """
-        sizes = {"slots": slots, "kv_heads": kv_heads, "capacity": capacity}
+        sizes = {"pages": pages, "kv_heads": kv_heads, "page_size": page_size}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} {size}: must be at least 1")
         if not 1 <= head_size <= MAX_HEAD_SIZE:
             raise ValueError(f"head_size {head_size}: must be between 1 and {MAX_HEAD_SIZE}")
-        capacity = _round_up(capacity)
-        keys = torch.zeros(slots, kv_heads, capacity // LANES, head_size, LANES, dtype=dtype)
-        values = torch.zeros(slots, kv_heads, capacity, _round_up(head_size), dtype=dtype)
+        page_size = _round_up(page_size)
+        keys = torch.zeros(pages, kv_heads, page_size // LANES, head_size, LANES, dtype=dtype)
+        values = torch.zeros(pages, kv_heads, page_size, _round_up(head_size), dtype=dtype)
         return KeyValueCache(keys, values, head_size)
 
     @property
-    def slots(self) -> int:
+    def pages(self) -> int:
         return self.keys.shape[0]
 
     @property
@@ -62,32 +65,34 @@ class KeyValueCache:
         return self.keys.shape[1]
 
     @property
-    def capacity(self) -> int:
-        """Tokens that fit, a multiple of 16."""
+    def page_size(self) -> int:
+        """Tokens of a page, a multiple of 16."""
         return self.values.shape[2]
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def write(self, slot: int, start: int, keys_KTD: Tensor, values_KTD: Tensor) -> None:
-        """Store tokens start, start + 1, ... of a sequence; keys already rotated.
+    def write(self, page: int, start: int, keys_KTD: Tensor, values_KTD: Tensor) -> None:
+        """Store tokens start, start + 1, ... of one page; keys already rotated.
 
         Raises:
             ValueError: they do not fit.
         """
         tokens = keys_KTD.shape[1]
-        if start < 0 or start + tokens > self.capacity:
+        if start < 0 or start + tokens > self.page_size:
             raise ValueError(
-                f"tokens {start} to {start + tokens}: the cache holds {self.capacity}; "
-                "allocate a larger one"
+                f"tokens {start} to {start + tokens}: a page holds {self.page_size}; "
+                "allocate larger ones"
             )
         at = torch.arange(start, start + tokens)
         # indices apart in a subscript put their dimension first: [T, K, D]
-        self.keys[slot, :, at // LANES, :, at % LANES] = keys_KTD.transpose(0, 1)
-        self.values[slot, :, start : start + tokens, : self.head_size] = values_KTD
+        self.keys[page, :, at // LANES, :, at % LANES] = keys_KTD.transpose(0, 1)
+        self.values[page, :, start : start + tokens, : self.head_size] = values_KTD
 
-    def read(self, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of a sequence: keys and values [K, T, D]."""
-        keys_KTD = self.keys[slot].transpose(2, 3).flatten(1, 2)[:, :tokens]
-        return keys_KTD, self.values[slot, :, :tokens, : self.head_size]
+    def read(self, pages: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """The first tokens on the pages, in their order: keys and values [K, T, D]."""
+        keys_PKTD = self.keys[list(pages)].transpose(3, 4).flatten(2, 3)
+        values_PKTD = self.values[list(pages), :, :, : self.head_size]
+        keys_KTD, values_KTD = (x.transpose(0, 1).flatten(1, 2) for x in (keys_PKTD, values_PKTD))
+        return keys_KTD[:, :tokens], values_KTD[:, :tokens]

@@ -2,7 +2,7 @@
 
 A backend has a class with the methods of `Plan`; `new_plan` chooses it. Shape letters: B = rows
 (one new token of each sequence), H = query heads, K = key-value heads, D = head size, R = its
-rotated part, T = capacity of the cache.
+rotated part, T = positions, N = pages of a sequence.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class AttentionStep:
         out_BHD: the result; zeros for a sequence whose position is negative (left out).
         cosine_TR, sine_TR: float32, of the angle of each position and rotated element; elements i
             and i + R/2 turn together (Llama's convention); R even, at most D.
-        slots_B, positions_B: int64; where a sequence lies in the cache, and which of its tokens
-            this is, from 0.
+        pages_BN, positions_B: int64; the pages of the row's sequence, and which of its tokens
+            this is, from 0: token t lies on page t // page_size. Several rows may be successive
+            tokens of one sequence: all are stored before any is attended to.
         scale: of the scores, usually D ** -0.5.
         window: tokens a query sees, itself included; 0: all.
     """
@@ -43,7 +44,7 @@ class AttentionStep:
     cosine_TR: Tensor
     sine_TR: Tensor
     cache: KeyValueCache
-    slots_B: Tensor
+    pages_BN: Tensor
     positions_B: Tensor
     scale: float
     window: int = 0
@@ -72,7 +73,9 @@ class Plan(Protocol):
     """Operations in the order they were added; `run` replays them with what the buffers then hold.
 
     Every tensor must be contiguous, stay alive and keep its address: a plan reads and writes it in
-    place. All are of the plan's dtype unless said otherwise.
+    place. All are of the plan's dtype unless said otherwise, and their first dimension is the rows
+    of a run. A row's result does not depend on the other rows or on how many there are, but for
+    rows that skip inputs beside others (`Gate`).
     """
 
     def linears(
@@ -109,8 +112,13 @@ class Plan(Protocol):
     def attention(self, step: AttentionStep) -> None:
         """Rotate q and k, store k and v in the cache, attend to what the cache then holds."""
 
-    def run(self) -> None:
-        """Replay. ValueError, with nothing run, where a position or slot is outside the cache."""
+    def run(self, rows: int | None = None) -> None:
+        """Replay for the first ``rows`` of every buffer; None: all. Nothing else is written.
+
+        Raises:
+            ValueError: a position or page is outside the cache, or a buffer has fewer rows; nothing
+                was run.
+        """
 
 
 def new_plan(device_type: str, dtype: torch.dtype) -> Plan:
@@ -172,7 +180,9 @@ def check_step(step: AttentionStep, dtype: torch.dtype) -> None:
     """What `Plan.attention` asks of its tensors."""
     B, H, D = step.q_BHD.shape
     cache = step.cache
-    K, T, R = cache.kv_heads, cache.capacity, step.cosine_TR.shape[1]
+    K, R = cache.kv_heads, step.cosine_TR.shape[1]
+    N = step.pages_BN.shape[-1]
+    T = N * cache.page_size
     if cache.head_size != D or H % K:
         raise ValueError(
             f"q has {H} heads of {D}; the cache has {K} of {cache.head_size}: the number must be a "
@@ -181,7 +191,7 @@ def check_step(step: AttentionStep, dtype: torch.dtype) -> None:
     if R % 2 or R > D:
         raise ValueError(f"cosine has {R} columns; it must be even and at most the head size {D}")
     if step.cosine_TR.shape[0] < T:
-        raise ValueError(f"cosine has {step.cosine_TR.shape[0]} positions; the cache has {T}")
+        raise ValueError(f"cosine has {step.cosine_TR.shape[0]} positions; the pages have {T}")
     for name, tensor, shape in (
         ("q", step.q_BHD, (B, H, D)),
         ("k", step.k_BKD, (B, K, D)),
@@ -193,15 +203,24 @@ def check_step(step: AttentionStep, dtype: torch.dtype) -> None:
         check_buffer(name, tensor, dtype, shape)
     for name, tensor in (("cosine", step.cosine_TR), ("sine", step.sine_TR)):
         check_buffer(name, tensor, torch.float32, tuple(step.cosine_TR.shape))
-    for name, tensor in (("slots", step.slots_B), ("positions", step.positions_B)):
-        check_buffer(name, tensor, torch.int64, (B,))
+    check_buffer("pages", step.pages_BN, torch.int64, (B, N))
+    check_buffer("positions", step.positions_B, torch.int64, (B,))
 
 
-def check_places(step: AttentionStep) -> None:
-    """Raise ValueError where a sequence to be run has no place in the cache."""
-    cache = step.cache
-    for slot, position in zip(step.slots_B.tolist(), step.positions_B.tolist(), strict=True):
-        if position >= cache.capacity:
-            raise ValueError(f"position {position}: the cache holds {cache.capacity} tokens")
-        if position >= 0 and not 0 <= slot < cache.slots:
-            raise ValueError(f"slot {slot}: the cache has {cache.slots}")
+def check_places(step: AttentionStep, rows: int) -> None:
+    """Raise ValueError where a row to be run has no place in the cache."""
+    cache, most = step.cache, step.pages_BN.shape[1] * step.cache.page_size
+    positions = step.positions_B[:rows].tolist()
+    for pages, position in zip(step.pages_BN[:rows].tolist(), positions, strict=True):
+        if position >= most:
+            raise ValueError(f"position {position}: the row's pages hold {most} tokens")
+        for page in pages[: position // cache.page_size + 1]:
+            if position >= 0 and not 0 <= page < cache.pages:
+                raise ValueError(f"page {page}: the cache has {cache.pages}")
+
+
+def check_rows(rows: int, most: int) -> int:
+    """``rows``; ValueError where a plan whose smallest buffer has ``most`` cannot run as many."""
+    if not 0 < rows <= most:
+        raise ValueError(f"rows {rows}: must be between 1 and the {most} of the plan's buffers")
+    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,6 +17,7 @@ from prune_llm_kernels.plan import (
     check_buffer,
     check_linears,
     check_places,
+    check_rows,
     check_step,
 )
 from prune_llm_kernels.reference import channel_linear, counting, dense_linear, sparse_linear
@@ -26,8 +28,9 @@ class ReferencePlan:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._operations: list[Callable[[], None]] = []
+        self._operations: list[Callable[[int], object]] = []  # each is told the rows of the run
         self._steps: list[AttentionStep] = []
+        self._fewest: int | None = None  # rows of the smallest buffer
 
     def linears(
         self,
@@ -39,9 +42,9 @@ class ReferencePlan:
         gate: Gate | None = None,
     ) -> None:
         check_linears(x_BI, weights, biases, outs_BO, self._dtype, gate)
-        self._operations.append(partial(_gather, x_BI, gate))
+        self._add(x_BI, partial(_gather, x_BI, gate))
         for weight, bias, out in zip(weights, biases, outs_BO, strict=True):
-            self._operations.append(partial(_linear, x_BI, weight, bias, out, accumulate, gate))
+            self._add(x_BI, partial(_linear, x_BI, weight, bias, out, accumulate, gate))
 
     def swiglu(
         self,
@@ -58,35 +61,43 @@ class ReferencePlan:
     def rms_norm(self, x_BI: Tensor, weight_I: Tensor, eps: float, out_BI: Tensor) -> None:
         check_buffer("weight", weight_I, self._dtype, (x_BI.shape[-1],))
         check_buffer("out", out_BI, self._dtype, tuple(x_BI.shape))
-        self._operations.append(lambda: _put(out_BI, rms_norm(x_BI.float(), weight_I, eps)))
+        norm = partial(rms_norm, weight_I=weight_I, eps=eps)
+        self._add(x_BI, lambda n: out_BI[:n].copy_(norm(x_BI[:n].float())))
 
     def silu_mul(self, gate_BI: Tensor, up_BI: Tensor, out_BI: Tensor) -> None:
         check_buffer("up", up_BI, self._dtype, tuple(gate_BI.shape))
         check_buffer("out", out_BI, self._dtype, tuple(gate_BI.shape))
-        self._operations.append(lambda: _put(out_BI, silu_mul(gate_BI.float(), up_BI.float())))
+        self._add(
+            gate_BI, lambda n: out_BI[:n].copy_(silu_mul(gate_BI[:n].float(), up_BI[:n].float()))
+        )
 
     def attention(self, step: AttentionStep) -> None:
         check_step(step, self._dtype)
         self._steps.append(step)
-        self._operations.append(partial(_attend, step))
+        self._add(step.q_BHD, partial(_attend, step))
 
-    def run(self) -> None:
+    def _add(self, buffer_B: Tensor, operation: Callable[[int], object]) -> None:
+        rows = len(buffer_B)
+        self._fewest = rows if self._fewest is None else min(self._fewest, rows)
+        self._operations.append(operation)
+
+    def run(self, rows: int | None = None) -> None:
+        if self._fewest is None:
+            return
+        # slices end where a buffer ends: None runs every row of buffers of different lengths
+        count = sys.maxsize if rows is None else check_rows(rows, self._fewest)
         for step in self._steps:
-            check_places(step)
+            check_places(step, count)
         for operation in self._operations:
-            operation()
+            operation(count)
 
 
-def _put(out: Tensor, value: Tensor) -> None:
-    out.copy_(value)
-
-
-def _gather(x_BI: Tensor, gate: Gate | None) -> None:
+def _gather(x_BI: Tensor, gate: Gate | None, rows: int) -> None:
     """Count what a gate lets through."""
     if gate is None or gate.counts is None:
         return
-    counted_BI = counting(x_BI, gate.thresholds_B, gate.scales_I)
-    live = int((gate.thresholds_B < torch.inf).sum())
+    counted_BI = counting(x_BI[:rows], gate.thresholds_B[:rows], gate.scales_I)
+    live = int((gate.thresholds_B[:rows] < torch.inf).sum())
     listed, counted = int(counted_BI.any(0).sum()), int(counted_BI.sum())
     gate.counts.add_(torch.tensor([listed, counted, live]))
 
@@ -98,9 +109,11 @@ def _linear(
     out_BO: Tensor,
     accumulate: bool,
     gate: Gate | None,
+    rows: int,
 ) -> None:
+    x_BI, out_BO = x_BI[:rows], out_BO[:rows]
     if gate is not None:
-        x_BI = torch.where(counting(x_BI, gate.thresholds_B, gate.scales_I), x_BI, 0)
+        x_BI = torch.where(counting(x_BI, gate.thresholds_B[:rows], gate.scales_I), x_BI, 0)
     if isinstance(weight, Tensor):
         y_BO = dense_linear(x_BI, weight, bias)
     elif isinstance(weight, ChannelWeight):
@@ -144,16 +157,20 @@ def attend(
     return torch.einsum("ht,htd->hd", scores_HT.softmax(-1), values_HTD)
 
 
-def _attend(step: AttentionStep) -> None:
-    step.out_BHD.zero_()
-    for b, position in enumerate(step.positions_B.tolist()):
-        if position < 0:
-            continue
-        slot = int(step.slots_B[b])
+def _attend(step: AttentionStep, rows: int) -> None:
+    step.out_BHD[:rows].zero_()
+    positions = step.positions_B[:rows].tolist()
+    live = [(b, position) for b, position in enumerate(positions) if position >= 0]
+    for b, position in live:
+        page, offset = divmod(position, step.cache.page_size)
         angles = step.cosine_TR[position][None], step.sine_TR[position][None]
         q_HD, k_KD = step.q_BHD[b], step.k_BKD[b]
         q_HD.copy_(rotate(q_HD[None].float(), *angles)[0])
         rotated_KD = rotate(k_KD[None].float(), *angles)[0].to(k_KD.dtype)
-        step.cache.write(slot, position, rotated_KD[:, None], step.v_BKD[b][:, None])
-        keys_KTD, values_KTD = step.cache.read(slot, position + 1)
-        step.out_BHD[b] = attend(q_HD.float(), keys_KTD, values_KTD, step.scale, step.window)
+        at = int(step.pages_BN[b, page])
+        step.cache.write(at, offset, rotated_KD[:, None], step.v_BKD[b][:, None])
+    for b, position in live:
+        pages = step.pages_BN[b, : position // step.cache.page_size + 1].tolist()
+        keys_KTD, values_KTD = step.cache.read(pages, position + 1)
+        q_HD = step.q_BHD[b].float()
+        step.out_BHD[b] = attend(q_HD, keys_KTD, values_KTD, step.scale, step.window)

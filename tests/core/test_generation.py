@@ -247,7 +247,7 @@ def test_too_long_a_prompt_for_the_cache(tiny_llama: Path) -> None:
     with pytest.raises(ValueError, match="prompt of 17 tokens: must have between 1 and 16"):
         decoder.prefill([1] * 17)
     decoder.prefill([1] * 16)
-    with pytest.raises(ValueError, match="position 16: the cache holds 16"):
+    with pytest.raises(ValueError, match="position 16: the row's pages hold 16 tokens"):
         decoder.step(1)
 
 

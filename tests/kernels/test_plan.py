@@ -97,6 +97,27 @@ def test_linears_share_an_input(isa: str, dtype: torch.dtype, rows: int, columns
             assert torch.equal(out, cpu.dense_linear(x, weight, bias, isa))
 
 
+@pytest.mark.parametrize(("O", "columns"), [(7, 5), (30, 64), (50, 1500), (131, 2077)])
+def test_many_rows_have_the_bits_of_one(isa: str, dtype: torch.dtype, O: int, columns: int) -> None:
+    """Tiles of many rows add in the order of a row alone; against float64 as well."""
+    x = torch.randn(101, columns).to(dtype)
+    weight = torch.randn(O, columns).to(dtype) * (torch.rand(O, columns) < 0.5)
+    bias, before = torch.randn(O).to(dtype), torch.randn(101, O).to(dtype)
+    exact = before.double() + x.double() @ weight.double().T + bias.double()
+    for form in (weight, reference.pack(weight)):
+        out, alone = before.clone(), before.clone()
+        recorded = plan(isa, dtype)
+        recorded.linears(x, [form], [bias], [out], accumulate=True)
+        recorded.run()
+        for row in range(101):
+            recorded = plan(isa, dtype)
+            part = slice(row, row + 1)
+            recorded.linears(x[part], [form], [bias], [alone[part]], accumulate=True)
+            recorded.run()
+        assert torch.equal(out, alone)
+        assert_rounded(out, exact)
+
+
 def test_accumulate_adds_before_it_rounds(isa: str, dtype: torch.dtype) -> None:
     x, dense = torch.randn(2, 100).to(dtype), torch.randn(50, 100).to(dtype)
     out = torch.randn(2, 50).to(dtype)
@@ -135,11 +156,11 @@ def make_step(shape: Shape, positions: list[int], dtype: torch.dtype) -> Attenti
     cache = KeyValueCache.allocate(B + 1, K, capacity, D, dtype)
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
-    slots = torch.randperm(B + 1)[:B]
-    for slot, position in zip(slots.tolist(), positions, strict=True):
+    pages = torch.randperm(B + 1)[:B, None]
+    for page, position in zip(pages.flatten().tolist(), positions, strict=True):
         past = max(0, position)
-        cache.write(slot, 0, torch.randn(K, past, D).to(dtype), torch.randn(K, past, D).to(dtype))
-    angles = torch.rand(cache.capacity, shape.rotary) * 6
+        cache.write(page, 0, torch.randn(K, past, D).to(dtype), torch.randn(K, past, D).to(dtype))
+    angles = torch.rand(cache.page_size, shape.rotary) * 6
     return AttentionStep(
         torch.randn(B, H, D).to(dtype),
         torch.randn(B, K, D).to(dtype),
@@ -148,10 +169,35 @@ def make_step(shape: Shape, positions: list[int], dtype: torch.dtype) -> Attenti
         angles.cos(),
         angles.sin(),
         cache,
-        slots,
+        pages,
         torch.tensor(positions),
         D**-0.5,
         shape.window,
+    )
+
+
+def on_pages(step: AttentionStep, page_size: int) -> AttentionStep:
+    """The same tokens on small pages, dealt out at random; NaN wherever there is no token."""
+    cache, B = step.cache, len(step.positions_B)
+    N = -(-cache.page_size // page_size)
+    small = KeyValueCache.allocate(
+        B * N + 2, cache.kv_heads, page_size, cache.head_size, cache.keys.dtype
+    )
+    small.keys.fill_(torch.nan)
+    small.values.fill_(torch.nan)
+    pages_BN = torch.randperm(small.pages)[: B * N].view(B, N).contiguous()
+    for b, position in enumerate(step.positions_B.tolist()):
+        keys, values = cache.read(step.pages_BN[b].tolist(), max(0, position))
+        for n, page in enumerate(pages_BN[b].tolist()):
+            part = slice(n * page_size, (n + 1) * page_size)
+            small.write(page, 0, keys[:, part], values[:, part])
+    angles = (
+        torch.cat([angle, angle.new_zeros(N * page_size - len(angle), angle.shape[1])])
+        for angle in (step.cosine_TR, step.sine_TR)
+    )
+    cosine_TR, sine_TR = angles
+    return replace(
+        copied(step), cache=small, pages_BN=pages_BN, cosine_TR=cosine_TR, sine_TR=sine_TR
     )
 
 
@@ -162,12 +208,12 @@ def copied(step: AttentionStep) -> AttentionStep:
 
 def exact_attention(step: AttentionStep, b: int) -> Tensor:
     """float64 [H, D], from keys and queries rounded to the dtype after their rotation."""
-    position, slot = int(step.positions_B[b]), int(step.slots_B[b])
+    position, pages = int(step.positions_B[b]), step.pages_BN[b].tolist()
     angles = step.cosine_TR[position][None].double(), step.sine_TR[position][None].double()
     rotated = [
         rotate(x[b][None].double(), *angles)[0].to(x.dtype) for x in (step.q_BHD, step.k_BKD)
     ]
-    keys, values = step.cache.read(slot, position)
+    keys, values = step.cache.read(pages, position)
     keys = torch.cat([keys, rotated[1][:, None]], 1)
     values = torch.cat([values, step.v_BKD[b][:, None]], 1)
     return attend(rotated[0].double(), keys, values, step.scale, step.window)
@@ -207,13 +253,97 @@ def test_threads_and_neighbours_do_not_change_a_bit(isa: str, shape: Shape) -> N
         k_BKD=step.k_BKD[2:].clone(),
         v_BKD=step.v_BKD[2:].clone(),
         out_BHD=poisoned(1, *step.q_BHD.shape[1:], dtype=torch.bfloat16),
-        slots_B=step.slots_B[2:].clone(),
+        pages_BN=step.pages_BN[2:].clone(),
         positions_B=step.positions_B[2:].clone(),
     )
     recorded = plan(isa, torch.bfloat16)
     recorded.attention(alone)
     recorded.run()
     assert torch.equal(alone.out_BHD[0], results[0][2])
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pages_do_not_change_a_bit(
+    isa: str, dtype: torch.dtype, shape: Shape, page_size: int
+) -> None:
+    step = make_step(shape, [0, 15, 16, -1, 300, 47], dtype)
+    paged = on_pages(step, page_size)
+    for one in (step, paged):
+        recorded = plan(isa, dtype)
+        recorded.attention(one)
+        recorded.run()
+    assert step.out_BHD.isfinite().all()
+    assert torch.equal(paged.out_BHD, step.out_BHD)
+    found, expected = (one.cache.read(one.pages_BN[4].tolist(), 301) for one in (paged, step))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_rows_may_be_successive_tokens_of_one_sequence(isa: str, dtype: torch.dtype) -> None:
+    """A run over many tokens equals runs of one token each, bit for bit."""
+    T, N, H, K, D = 70, 5, 4, 2, 32
+    q, k, v = (torch.randn(T, heads, D).to(dtype) for heads in (H, K, K))
+    angles = torch.rand(N * 16, D) * 6
+    outs = []
+    for rows in (1, 7, T):
+        cache = KeyValueCache.allocate(N + 1, K, 16, D, dtype)
+        pages_BN = torch.tensor([3, 0, 5, 1, 2]).repeat(rows, 1)
+        buffers = [torch.zeros(rows, heads, D, dtype=dtype) for heads in (H, K, K)]
+        out_BHD, positions_B = poisoned(rows, H, D, dtype=dtype), torch.zeros(rows, dtype=int)
+        step = AttentionStep(
+            *buffers, out_BHD, angles.cos(), angles.sin(), cache, pages_BN, positions_B, D**-0.5
+        )
+        recorded = plan(isa, dtype)
+        recorded.attention(step)
+        out = []
+        for start in range(0, T, rows):
+            for buffer, whole in zip(buffers, (q, k, v), strict=True):
+                buffer.copy_(whole[start : start + rows])
+            positions_B.copy_(torch.arange(start, start + rows))
+            recorded.run()
+            out.append(out_BHD.clone())
+        outs.append(torch.cat(out))
+    assert outs[0].isfinite().all() and outs[0].any()
+    assert all(torch.equal(outs[0], other) for other in outs[1:])
+
+
+@pytest.mark.parametrize("name", ["fast", "reference"])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 23])
+def test_fewer_rows_are_the_first_ones(name: str, dtype: torch.dtype, rows: int) -> None:
+    """What a run of some rows computes is what a run of all does; the rest is not touched."""
+    B, I, H, D = 23, 40, 2, 8
+    weight, norm, x = torch.randn(H * D, I), torch.randn(I), torch.randn(B, I)
+    step = make_step(Shape(H, H, D, D), [3] * B, dtype)
+    whole, part = [], []
+    for wanted, count in ((whole, None), (part, rows)):
+        mine = copied(step)
+        outs = [poisoned(B, H * D, dtype=dtype) for _ in range(2)]
+        buffers = [x.to(dtype).clone(), *outs]
+        recorded = CpuPlan(dtype) if name == "fast" else ReferencePlan(dtype)
+        recorded.rms_norm(buffers[0], norm.to(dtype), 1e-5, buffers[0])
+        recorded.linears(buffers[0], [weight.to(dtype)], [None], [buffers[1]])
+        recorded.silu_mul(buffers[1], buffers[1], buffers[2])
+        k_BKD, v_BKD = step.k_BKD.clone(), step.v_BKD.clone()
+        recorded.attention(replace(mine, q_BHD=buffers[2].view(B, H, D), k_BKD=k_BKD, v_BKD=v_BKD))
+        recorded.run(count)
+        wanted += [*buffers, mine.out_BHD]
+    for all_rows, some, before in zip(whole, part, (x.to(dtype), None, None, None), strict=True):
+        if name == "fast":
+            assert torch.equal(some[:rows], all_rows[:rows])
+        else:  # torch's own products, whose order of sums depends on the rows
+            assert torch.allclose(some[:rows], all_rows[:rows], atol=1e-5, rtol=2e-2)
+        rest = some[rows:]
+        assert rest.isnan().all() if before is None else torch.equal(rest, before[rows:])
+
+
+@pytest.mark.parametrize("name", ["fast", "reference"])
+@pytest.mark.parametrize("rows", [0, 4, -1])
+def test_more_rows_than_a_buffer_has_are_refused(name: str, rows: int) -> None:
+    recorded = CpuPlan(torch.float32) if name == "fast" else ReferencePlan(torch.float32)
+    x = torch.zeros(3, 8)
+    recorded.silu_mul(x, x, x)
+    with pytest.raises(ValueError, match=f"rows {rows}: must be between 1 and the 3"):
+        recorded.run(rows)
 
 
 def test_a_plan_replays_what_its_buffers_hold(isa: str) -> None:
@@ -234,8 +364,8 @@ def test_a_plan_replays_what_its_buffers_hold(isa: str) -> None:
         step.positions_B.add_(1)  # both steps hold this tensor
     length = int(step.positions_B[1])
     for a, b in zip(
-        step.cache.read(int(step.slots_B[1]), length),
-        other.cache.read(int(step.slots_B[1]), length),
+        step.cache.read(step.pages_BN[1].tolist(), length),
+        other.cache.read(step.pages_BN[1].tolist(), length),
         strict=True,
     ):
         assert torch.allclose(a, b, atol=1e-6)
@@ -246,27 +376,30 @@ def test_cache_keeps_what_is_written() -> None:
     keys, values = torch.randn(3, 37, 20), torch.randn(3, 37, 20)
     cache.write(1, 0, keys[:, :18], values[:, :18])
     cache.write(1, 18, keys[:, 18:], values[:, 18:])
-    found = cache.read(1, 37)
+    found = cache.read([1], 37)
     assert torch.equal(found[0], keys) and torch.equal(found[1], values)
     assert not cache.keys[0].any()
-    assert cache.capacity == 48
-    with pytest.raises(ValueError, match="tokens 40 to 77: the cache holds 48"):
+    assert cache.page_size == 48
+    with pytest.raises(ValueError, match="tokens 40 to 77: a page holds 48"):
         cache.write(0, 40, keys, values)
+    cache.write(0, 0, keys[:, :9], values[:, :9])
+    both = cache.read([1, 0], 57)
+    assert torch.equal(both[0][:, 48:], keys[:, :9]) and torch.equal(both[1][:, :37], values)
 
 
 @pytest.mark.parametrize("name", ["fast", "reference"])
 @pytest.mark.parametrize(
-    ("positions", "slots", "message"),
-    [([0, 500], [0, 1], "position 500"), ([0, 1], [0, 3], "slot 3"), ([0, 1], [-1, 0], "slot -1")],
+    ("positions", "pages", "message"),
+    [([0, 500], [0, 1], "position 500"), ([0, 1], [0, 3], "page 3"), ([0, 1], [-1, 0], "page -1")],
 )
 def test_a_place_outside_the_cache_is_refused(
-    name: str, positions: list[int], slots: list[int], message: str
+    name: str, positions: list[int], pages: list[int], message: str
 ) -> None:
     step = make_step(Shape(2, 1, 8, 8), [0, 1], torch.float32)
     recorded = CpuPlan(torch.float32) if name == "fast" else ReferencePlan(torch.float32)
     recorded.attention(step)
     step.positions_B.copy_(torch.tensor(positions))
-    step.slots_B.copy_(torch.tensor(slots))
+    step.pages_BN.copy_(torch.tensor(pages)[:, None])
     before = step.cache.keys.clone()
     with pytest.raises(ValueError, match=message):
         recorded.run()
@@ -286,7 +419,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype torch.int8"):
         new_plan("cpu", torch.int8)
     step = make_step(Shape(2, 1, 8, 8), [0], torch.float32)
-    with pytest.raises(ValueError, match="cosine has 3 positions"):
+    with pytest.raises(ValueError, match="cosine has 3 positions; the pages have 16"):
         recorded.attention(replace(step, cosine_TR=torch.zeros(3, 8), sine_TR=torch.zeros(3, 8)))
     with pytest.raises(ValueError, match=r"positions is torch.int32"):
         recorded.attention(replace(step, positions_B=step.positions_B.int()))
