@@ -255,7 +255,7 @@ class TransformersRunner:
             self._gates = {name: levels.gates(model, name) for name in names}
         self.levels = (DENSE, *self._gates)
         heads, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        sizes = [len(m.weight) for m in (heads, embedding) if m is not None]  # type: ignore
+        sizes = [len(m.weight) for m in (heads, embedding) if m is not None]
         self.vocabulary = min(sizes)
         self.context = _context(model)
         self.pages = _page_count(limits, _measured_token_bytes(model), self.context)

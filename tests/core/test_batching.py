@@ -170,7 +170,8 @@ def test_the_bits_of_an_answer_do_not_depend_on_company(
 
 
 def test_greedy_tokens_are_those_of_generate(checkpoints: dict[str, Path]) -> None:
-    for name in PLANNED:
+    """In float32: generate() runs prompts through other kernels, which round elsewhere."""
+    for name in ("llama", "mistral-window"):
         model = prune_llm.load(checkpoints[name])
         found = run(Batcher(new_runner(model, limits(model))), mixed_requests())
         for request in mixed_requests():
@@ -519,9 +520,8 @@ def test_random_operations(seed: int) -> None:
 
 def test_random_operations_on_a_model(checkpoints: dict[str, Path]) -> None:
     model, random_ = prune_llm.load(checkpoints["llama"]), random.Random(0)
-    runner = new_runner(model, limits(model, pages=12, max_rows=5, chunk_tokens=30))
+    runner = new_runner(model, limits(model, pages=7, max_rows=5, chunk_tokens=30))
     batcher, added, found = Batcher(runner), list[SequenceRequest](), Events()
-    preempted = 0
     for number in range(300):
         action = random_.randrange(8)
         if action == 0:
@@ -532,10 +532,10 @@ def test_random_operations_on_a_model(checkpoints: dict[str, Path]) -> None:
         else:
             for event in batcher.step():
                 found.setdefault(event.id, []).append(event)
-        preempted = batcher.status.preemptions
     for id, events in run(batcher).items():
         found.setdefault(id, []).extend(events)
-    assert preempted and batcher.idle and batcher.status.pages_held == 0
+    assert batcher.status.preemptions and batcher.status.cached_tokens
+    assert batcher.idle and batcher.status.pages_held == 0
     expected: dict[Any, list[Any]] = {}
     finished = [r for r in added if r.id in found and found[r.id][-1].finish_reason]
     for request in finished:
