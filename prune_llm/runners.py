@@ -155,8 +155,8 @@ class PlanRunner:
         self.limits, self._embedding_VD = limits, parts.embedding_VD
         self.vocabulary = min(len(parts.embedding_VD), parts.head.out_features)
         self.levels = (DENSE,) if levels is None else tuple(levels.table.names)
-        self.context = _context(parts.model)
-        self.pages = _page_count(limits, _plan_token_bytes(parts), self.context)
+        context = _context(parts.model)
+        self.pages, self.context = _size(limits, _plan_token_bytes(parts), context)
         rows, longest = limits.max_rows + limits.chunk_tokens, -(-self.context // limits.page_size)
         self._table_SN = torch.zeros(limits.max_rows, min(longest, self.pages), dtype=torch.int64)
         self._tabled = [0] * limits.max_rows  # pages of each sequence that the table has
@@ -257,8 +257,8 @@ class TransformersRunner:
         heads, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         sizes = [len(m.weight) for m in (heads, embedding) if m is not None]
         self.vocabulary = min(sizes)
-        self.context = _context(model)
-        self.pages = _page_count(limits, _measured_token_bytes(model), self.context)
+        bytes_per_token = _measured_token_bytes(model)
+        self.pages, self.context = _size(limits, bytes_per_token, _context(model))
 
     def run(self, segments: Sequence[Segment]) -> Ran:
         ran = [self._run_segment(segment) for segment in segments]
@@ -299,25 +299,28 @@ class TransformersRunner:
         return logits_TV
 
 
-def _context(model: PreTrainedModel) -> int:
+def _context(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
-    if context is None:
-        raise ValueError(f"{type(model).__name__}: its config names no max_position_embeddings")
-    return int(context)
+    return None if context is None else int(context)
 
 
-def _page_count(limits: BatchLimits, bytes_per_token: int, context: int) -> int:
-    """Pages that the budget pays for. ValueError where they are of no use."""
+def _size(limits: BatchLimits, bytes_per_token: int, context: int | None) -> tuple[int, int]:
+    """Pages that the budget pays for, and the most tokens of a sequence.
+
+    Raises:
+        ValueError: too few for a sequence of a useful length.
+    """
     pages = limits.cache_bytes // (bytes_per_token * limits.page_size)
-    least = -(-min(_USEFUL_TOKENS, context) // limits.page_size)
+    useful = _USEFUL_TOKENS if context is None else min(_USEFUL_TOKENS, context)
+    least = -(-useful // limits.page_size)
     if pages < least:
         raise ValueError(
             f"cache_bytes {limits.cache_bytes}: holds {pages} pages of {limits.page_size} tokens, "
             f"{bytes_per_token} bytes each token; must be at least "
             f"{least * limits.page_size * bytes_per_token}"
         )
-    return pages
+    return pages, pages * limits.page_size if context is None else context
 
 
 def _plan_caches(parts: ModelParts, pages: int, page_size: int) -> list[KeyValueCache]:
@@ -338,9 +341,10 @@ def _measured_token_bytes(model: PreTrainedModel) -> int:
     """Of what one token leaves in the model's own cache."""
     output = model(input_ids=torch.tensor([[0]], device=model.device), use_cache=True)
     layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-    found = [x for layer in layers for x in (layer.keys, layer.values)]
-    if not found or not all(isinstance(x, Tensor) for x in found):
+    found = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    tensors = [x for x in found if isinstance(x, Tensor)]
+    if not tensors or len(tensors) < len(found):
         raise ValueError(
             f"{type(model).__name__}: keeps no key-value cache; call its own generate()"
         )
-    return sum(x.nbytes for x in found)
+    return sum(x.nbytes for x in tensors)

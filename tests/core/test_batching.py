@@ -52,7 +52,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def configs() -> dict[str, tuple[Any, torch.dtype]]:
-    from transformers import Gemma3TextConfig, GPT2Config, MistralConfig, MixtralConfig, Qwen3Config
+    from transformers import (
+        BloomConfig,
+        Gemma3TextConfig,
+        GPT2Config,
+        MistralConfig,
+        MixtralConfig,
+        Qwen3Config,
+    )
 
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     gpt2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
@@ -63,12 +70,16 @@ def configs() -> dict[str, tuple[Any, torch.dtype]]:
         "qwen3": (Qwen3Config(**SIZES, head_dim=24), torch.bfloat16),
         "gpt2": (GPT2Config(**gpt2), torch.float32),
         "mixtral": (MixtralConfig(**SIZES, **experts), torch.float32),
+        "bloom": (
+            BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2),
+            torch.float32,
+        ),  # knows no longest text
         "gemma3": (Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=20), torch.float32),
     }
 
 
 PLANNED = ["llama", "llama-bfloat16", "mistral-window", "qwen3"]
-OTHERS = ["gpt2", "mixtral", "gemma3"]
+OTHERS = ["gpt2", "mixtral", "bloom", "gemma3"]
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +334,11 @@ def test_other_models_run_alone_in_company(checkpoints: dict[str, Path], name: s
         assert bool(batcher.status.preemptions) == ("pages" in changes)
         assert batcher.status.pages_held == batcher.status.cached_tokens == 0
         assert not batcher._runner._caches  # type: ignore[attr-defined]
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([requests[-1].ids])).logits[0]
+    (_, _, scores, _), *_ = expected["long"]
+    for score, logprobs_V in zip(scores[1:], logits_TV.log_softmax(-1), strict=False):
+        assert score.logprob == pytest.approx(float(logprobs_V[score.id]), abs=1e-3)
     for request in requests:
         if len(request.ids) <= SCORED_ROWS and request.params == ask("", [], 20).params:
             answer_ids = generate(model, list(request.ids), request.params).token_ids
