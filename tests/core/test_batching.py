@@ -530,6 +530,7 @@ def test_random_operations(seed: int) -> None:
     )
     assert found.keys() == requests.keys()
     for id, request in requests.items():
+        assert found[id][0].cached_tokens < len(request.ids)
         alone_too = Batcher(PagedWords(40, max_rows=1))
         assert answer(found[id]) == answer(run(alone_too, [request])[id])
 
@@ -560,3 +561,15 @@ def test_random_operations_on_a_model(checkpoints: dict[str, Path]) -> None:
             expected[key] = alone(runner, [request])[request.id]
         assert answer(found[request.id]) == expected[key]
     assert len(finished) > 15
+
+
+def test_nobody_joins_without_pages_for_the_whole_prompt() -> None:
+    """What is shared with those that run needs none; the first in line is never overtaken."""
+    text = [0, 1, 1] * 30
+    for second, running in (([1, *text[:60]], 1), ([*text[:60], 1], 3)):
+        batcher = Batcher(PagedWords(6, max_rows=4))
+        for name, ids in (("first", text[:62]), ("second", second), ("small", [3])):
+            batcher.add(ask(name, ids, 2, logprobs=None))
+        batcher.step()
+        assert (batcher.status.running, batcher.status.preemptions) == (running, 0)
+        assert len(run(batcher)) == 3 and batcher.status.preemptions == 0
