@@ -21,7 +21,7 @@ INLINE __mmask32 first_32(int64_t n) {
 
 struct FloatAccumulator {
   typedef __m512 Acc;
-  enum { kTileRows = 4, kTileInputs = 4 };
+  enum { kTileRows = 6, kTileInputs = 4 };
   static constexpr int kRows(int batch, bool sparse) {
     return batch == 1 ? (sparse ? 3 : 2) : batch <= 4 ? 4 : batch <= 6 ? 3 : 2;
   }
@@ -126,6 +126,15 @@ template <class Lanes> struct FloatPairs : FloatAccumulator {
   }
   static INLINE float to_float(Elem value) { return Lanes::to_float(value); }
   static INLINE Elem from_float(float value) { return Lanes::from_float(value); }
+};
+
+template <class Lanes> struct Unit<FloatPairs<Lanes>> {
+  typedef __m512 W;
+  enum { kCols = 16 };
+  static INLINE W load(const typename Lanes::Elem* p) { return Lanes::load(p); }
+  static INLINE __m512 fma(__m512 acc, W w, const float* x) {
+    return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), acc);
+  }
 };
 
 // Which of 16 inputs count (see counts in channel_loops.h), the first n of them real.

@@ -71,6 +71,15 @@ struct BF16 : HalfWords {
   static INLINE Elem from_float(float value) { return float_to_bf16(value); }
 };
 
+template <> struct Unit<BF16> {
+  typedef __m512i W;
+  enum { kCols = 32 };
+  static INLINE W load(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static INLINE __m512 fma(__m512 acc, W w, const uint16_t* x) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(x), (__m512bh)w);
+  }
+};
+
 // Two channels' weights are interleaved, so that one dot product of pairs adds both: a register then
 // holds the outputs 0-3, 8-11, 16-19, 24-27 of its 32, or the others.
 template <> struct Columns<BF16> {

@@ -175,32 +175,65 @@ template <class P, bool Sparse> void multiply_narrow(const LinearArgs* a) {
 // additions are those of multiply_rows, in its order.
 constexpr int64_t kPanelRows = 24, kPanelInputs = 48;
 
+// A step of a tile: a narrower one than kCols leaves registers for more sums.
+template <class P> struct Unit {
+  typedef typename P::W W;
+  enum { kCols = P::kCols };
+  static INLINE W load(const typename P::Elem* p) { return P::load(p); }
+  static INLINE typename P::Acc fma(typename P::Acc acc, W w, const typename P::X* x) {
+    return P::fma(acc, w, x);
+  }
+};
+
 template <class P> struct Panel {
   const LinearArgs* a;
   int64_t row, rows, first, inputs;  // what the totals are of
   const typename P::Elem* value_at[kPanelRows];
+  const char* next[kPanelRows];  // where each row's weights of the next columns begin
+  int64_t next_lines;            // how many lines of 64 bytes they are, about
   typename P::Acc totals[kPanelRows][kPanelInputs];
   typename P::Elem weights[kPanelRows * kSumColumns] __attribute__((aligned(64)));
 };
 
-template <class P, bool Exact>
-INLINE void expand_row(const uint8_t* mask, const typename P::Elem** value_at, int64_t columns,
-                       typename P::Elem* out) {
-  __builtin_prefetch(mask + kSumColumns / 8, 0, 3);
-  __builtin_prefetch(mask + kSumColumns / 8 + 64, 0, 3);
-  for (int64_t c = 0; c < columns; c += P::kCols)
-    P::store(next_weights<P, true, Exact, true>(mask + c / 8, value_at), out + c);
+// Expands whole steps of R rows into the panel and multiplies them with the first B inputs on the
+// way: the expansion then hides behind the products.
+template <class P, bool Exact, int R, int B>
+INLINE void expand_rows(Panel<P>* p, int64_t r0, int64_t start, int64_t columns) {
+  const LinearArgs* a = p->a;
+  const typename P::X* x = (const typename P::X*)a->x + p->first * a->x_pitch + start;
+  typename P::Elem* out = p->weights + r0 * kSumColumns;
+  const uint8_t* mask_at[R];
+  const typename P::Elem* value_at[R];
+  typename P::Acc acc[R][B];
+  UNROLL for (int r = 0; r < R; ++r) {
+    mask_at[r] = a->weight->bitmask + (p->row + r0 + r) * mask_pitch(a->weight) + start / 8;
+    value_at[r] = p->value_at[r0 + r];
+    UNROLL for (int b = 0; b < B; ++b) acc[r][b] = P::zero();
+  }
+  for (int64_t c = 0; c < columns; c += P::kCols) {
+    typename P::W w[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      w[r] = next_weights<P, true, Exact, true>(mask_at[r] + c / 8, &value_at[r]);
+      P::store(w[r], out + r * kSumColumns + c);
+    }
+    UNROLL for (int b = 0; b < B; ++b)
+      UNROLL for (int r = 0; r < R; ++r)
+        acc[r][b] = P::fma(acc[r][b], w[r], x + b * a->x_pitch + c);
+  }
+  UNROLL for (int r = 0; r < R; ++r) {
+    p->value_at[r0 + r] = value_at[r];
+    UNROLL for (int b = 0; b < B; ++b)
+      p->totals[r0 + r][b] = P::add(p->totals[r0 + r][b], acc[r][b]);
+  }
 }
 
-// Columns [start, start + columns) of the panel's rows, whole steps of them.
+// Columns [start, start + columns) of the panel's rows, times the first kTileInputs inputs.
 template <class P> INLINE void expand_panel(Panel<P>* p, int64_t start, int64_t columns) {
-  const Weight* w = p->a->weight;
-  for (int64_t r = 0; r < p->rows; ++r) {
-    const uint8_t* mask = w->bitmask + (p->row + r) * mask_pitch(w) + start / 8;
-    typename P::Elem* out = p->weights + r * kSumColumns;
-    if (may_overread<P>(w, p->row + r)) expand_row<P, false>(mask, &p->value_at[r], columns, out);
-    else expand_row<P, true>(mask, &p->value_at[r], columns, out);
-  }
+  constexpr int R = P::kTileRows < 4 ? P::kTileRows : 4, B = P::kTileInputs;
+  int64_t r = 0;
+  for (; r + R <= p->rows && may_overread<P>(p->a->weight, p->row + r + R - 1); r += R)
+    expand_rows<P, false, R, B>(p, r, start, columns);
+  for (; r < p->rows; ++r) expand_rows<P, true, 1, B>(p, r, start, columns);
 }
 
 // The last columns of the rows, fewer than a step, with zeros behind them.
@@ -214,19 +247,31 @@ template <class P, bool Sparse> INLINE void expand_tails(Panel<P>* p, int64_t fu
   }
 }
 
+// Asks for a tile's share of what comes next, so that memory works while the tiles multiply.
+template <class P, int R, int B>
+INLINE void prefetch_share(const Panel<P>* p, int64_t r0, int64_t b0) {
+  const int64_t begin = p->next_lines * b0 / p->inputs;
+  const int64_t end = p->next_lines * (b0 + B) / p->inputs;
+  UNROLL for (int r = 0; r < R; ++r)
+    for (int64_t line = begin; line < end; ++line)
+      __builtin_prefetch(p->next[r0 + r] + 64 * line, 0, 2);
+}
+
 template <class P, int R, int B>
 INLINE void multiply_tile(Panel<P>* p, const typename P::Elem* weights, int64_t pitch, int64_t r0,
                           int64_t b0, int64_t start, int64_t columns) {
   const int64_t x_pitch = p->a->x_pitch;
   const typename P::X* x = (const typename P::X*)p->a->x + (p->first + b0) * x_pitch + start;
   weights += r0 * pitch;
+  prefetch_share<P, R, B>(p, r0, b0);
   typename P::Acc acc[R][B];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int b = 0; b < B; ++b) acc[r][b] = P::zero();
-  for (int64_t c = 0; c < columns; c += P::kCols) {
-    typename P::W w[R];
-    UNROLL for (int r = 0; r < R; ++r) w[r] = P::load(weights + r * pitch + c);
+  for (int64_t c = 0; c < columns; c += Unit<P>::kCols) {
+    typename Unit<P>::W w[R];
+    UNROLL for (int r = 0; r < R; ++r) w[r] = Unit<P>::load(weights + r * pitch + c);
     UNROLL for (int b = 0; b < B; ++b)
-      UNROLL for (int r = 0; r < R; ++r) acc[r][b] = P::fma(acc[r][b], w[r], x + b * x_pitch + c);
+      UNROLL for (int r = 0; r < R; ++r)
+        acc[r][b] = Unit<P>::fma(acc[r][b], w[r], x + b * x_pitch + c);
   }
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int b = 0; b < B; ++b)
@@ -235,22 +280,26 @@ INLINE void multiply_tile(Panel<P>* p, const typename P::Elem* weights, int64_t 
 
 template <class P, int R>
 INLINE void multiply_inputs(Panel<P>* p, const typename P::Elem* weights, int64_t pitch,
-                            int64_t r0, int64_t start, int64_t columns) {
+                            int64_t r0, int64_t b, int64_t start, int64_t columns) {
   constexpr int B = P::kTileInputs;
-  int64_t b = 0;
   for (; b + B <= p->inputs; b += B)
     multiply_tile<P, R, B>(p, weights, pitch, r0, b, start, columns);
-  for (; b < p->inputs; ++b) multiply_tile<P, R, 1>(p, weights, pitch, r0, b, start, columns);
+  const int64_t left = p->inputs - b;
+  if (left == 3) multiply_tile<P, R, 3>(p, weights, pitch, r0, b, start, columns);
+  if (left == 2) multiply_tile<P, R, 2>(p, weights, pitch, r0, b, start, columns);
+  if (left == 1) multiply_tile<P, R, 1>(p, weights, pitch, r0, b, start, columns);
 }
 
-// Adds columns [start, start + columns) to the totals. weights: of the first row, `pitch` apart.
+// Adds columns [start, start + columns) to the totals of all inputs from `b` on. weights: of the
+// first row, `pitch` apart.
 template <class P>
-void multiply_panel(Panel<P>* p, const typename P::Elem* weights, int64_t pitch, int64_t start,
-                    int64_t columns) {
+void multiply_panel(Panel<P>* p, const typename P::Elem* weights, int64_t pitch, int64_t b,
+                    int64_t start, int64_t columns) {
   constexpr int R = P::kTileRows;
   int64_t r = 0;
-  for (; r + R <= p->rows; r += R) multiply_inputs<P, R>(p, weights, pitch, r, start, columns);
-  for (; r < p->rows; ++r) multiply_inputs<P, 1>(p, weights, pitch, r, start, columns);
+  for (; r + R <= p->rows; r += R) multiply_inputs<P, R>(p, weights, pitch, r, b, start, columns);
+  for (; r + 2 <= p->rows; r += 2) multiply_inputs<P, 2>(p, weights, pitch, r, b, start, columns);
+  for (; r < p->rows; ++r) multiply_inputs<P, 1>(p, weights, pitch, r, b, start, columns);
 }
 
 template <class P> void finish_panel(const Panel<P>* p) {
@@ -268,10 +317,25 @@ template <class P> void finish_panel(const Panel<P>* p) {
   }
 }
 
+// What will be read behind these columns: the rows' next ones, or the first ones of the next rows.
+template <class P> INLINE void look_ahead(Panel<P>* p, int64_t column) {
+  const Weight* w = p->a->weight;
+  const int64_t I = w->in_features, columns = kSumColumns < I ? kSumColumns : I;
+  const int64_t kept = w->nnz / w->out_features * columns / I;
+  p->next_lines = (kept * (int64_t)sizeof(typename P::Elem) + 63) / 64;
+  for (int64_t r = 0; r < p->rows; ++r) {
+    const int64_t below = p->row + r + kPanelRows;
+    const bool same_row = column + P::kCols <= I || below >= w->out_features;
+    p->next[r] = (const char*)(same_row ? p->value_at[r]
+                                        : (const typename P::Elem*)w->values + row_start(w, below));
+  }
+}
+
 template <class P, bool Sparse> void run_panel(Panel<P>* p) {
   typedef typename P::Elem Elem;
   const Weight* w = p->a->weight;
   const int64_t columns = w->in_features, full = columns / P::kCols * P::kCols;
+  p->next_lines = 0;
   for (int64_t r = 0; r < p->rows; ++r) {
     const int64_t o = p->row + r;
     p->value_at[r] = (const Elem*)w->values + (Sparse ? row_start(w, o) : o * columns + full);
@@ -281,14 +345,17 @@ template <class P, bool Sparse> void run_panel(Panel<P>* p) {
     const int64_t count = full - start < kSumColumns ? full - start : kSumColumns;
     if (Sparse) {
       expand_panel(p, start, count);
-      multiply_panel(p, p->weights, kSumColumns, start, count);
+      look_ahead(p, start + count);
+      multiply_panel(p, p->weights, kSumColumns, P::kTileInputs, start, count);
     } else {
-      multiply_panel(p, (const Elem*)w->values + p->row * columns + start, columns, start, count);
+      multiply_panel(p, (const Elem*)w->values + p->row * columns + start, columns, 0, start,
+                     count);
     }
   }
   if (full < columns) {
+    p->next_lines = 0;
     expand_tails<P, Sparse>(p, full);
-    multiply_panel(p, p->weights, kSumColumns, full, P::kCols);
+    multiply_panel(p, p->weights, kSumColumns, 0, full, P::kCols);
   }
   finish_panel(p);
 }
@@ -296,11 +363,13 @@ template <class P, bool Sparse> void run_panel(Panel<P>* p) {
 template <class P, bool Sparse> void multiply_wide(const LinearArgs* a) {
   Panel<P> panel;
   panel.a = a;
+  // about equal shares of the inputs: each is then larger than a tile
+  const int64_t shares = (a->batch + kPanelInputs - 1) / kPanelInputs;
   for (panel.row = a->begin; panel.row < a->end; panel.row += kPanelRows) {
     panel.rows = a->end - panel.row < kPanelRows ? a->end - panel.row : kPanelRows;
-    for (panel.first = 0; panel.first < a->batch; panel.first += kPanelInputs) {
-      const int64_t left = a->batch - panel.first;
-      panel.inputs = left < kPanelInputs ? left : kPanelInputs;
+    for (int64_t share = 0; share < shares; ++share) {
+      panel.first = a->batch * share / shares;
+      panel.inputs = a->batch * (share + 1) / shares - panel.first;
       run_panel<P, Sparse>(&panel);
     }
   }

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from prune_llm_kernels.plan import Plan
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-# up to this many rows of x the packed weight is multiplied as it is; above, a slice at a time is
+# up to this many rows of x our kernels multiply; above, a slice of a packed weight at a time is
 # unpacked and given to torch's GEMM
-MAX_DIRECT_ROWS = 16
+MAX_DIRECT_ROWS = 64
 _SLICE_BYTES = 4 * 2**20
 
 
