@@ -153,12 +153,18 @@ def alone(runner: Runner, requests: Sequence[SequenceRequest]) -> dict[str, list
 # -- models that run as one plan ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *(("cpu", name) for name in PLANNED),
+        ("reference", "llama"),
+        ("reference", "mistral-window"),
+    ],
+    indirect=["backend"],
+)
 def test_the_bits_of_an_answer_do_not_depend_on_company(
     checkpoints: dict[str, Path], name: str, backend: str
 ) -> None:
-    if backend == "reference" and name not in ("llama", "mistral-window"):
-        pytest.skip("the reference needs one dtype and one window")
     model, requests = prune_llm.load(checkpoints[name]), mixed_requests()
     runner = new_runner(model, limits(model))
     assert isinstance(runner, PlanRunner)
