@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prune_llm_kernels.channel_weight import ChannelWeight
+from prune_llm_kernels.packed_weight import PackedWeight
 from prune_llm_kernels.plan import (
     AnyWeight,
     AttentionStep,
@@ -20,7 +21,7 @@ from prune_llm_kernels.plan import (
     check_rows,
     check_step,
 )
-from prune_llm_kernels.reference import channel_linear, counting, dense_linear, sparse_linear
+from prune_llm_kernels.reference import counting, dense_linear, unpack, unpack_channels
 
 
 class ReferencePlan:
@@ -68,7 +69,8 @@ class ReferencePlan:
         check_buffer("up", up_BI, self._dtype, tuple(gate_BI.shape))
         check_buffer("out", out_BI, self._dtype, tuple(gate_BI.shape))
         self._add(
-            gate_BI, lambda n: out_BI[:n].copy_(silu_mul(gate_BI[:n].float(), up_BI[:n].float()))
+            gate_BI,
+            lambda n: out_BI[:n].copy_(_by_row(silu_mul, gate_BI[:n].float(), up_BI[:n].float())),
         )
 
     def attention(self, step: AttentionStep) -> None:
@@ -114,13 +116,19 @@ def _linear(
     x_BI, out_BO = x_BI[:rows], out_BO[:rows]
     if gate is not None:
         x_BI = torch.where(counting(x_BI, gate.thresholds_B[:rows], gate.scales_I), x_BI, 0)
-    if isinstance(weight, Tensor):
-        y_BO = dense_linear(x_BI, weight, bias)
-    elif isinstance(weight, ChannelWeight):
-        y_BO = channel_linear(x_BI, weight, bias)
+    if isinstance(weight, ChannelWeight):
+        weight_OI = unpack_channels(weight)
+    elif isinstance(weight, PackedWeight):
+        weight_OI = unpack(weight.bitmask, weight.packed, weight.offsets, weight.in_features)
     else:
-        y_BO = sparse_linear(x_BI, weight.bitmask, weight.packed, weight.offsets, bias)
+        weight_OI = weight
+    y_BO = _by_row(partial(dense_linear, weight_OI=weight_OI, bias=bias), x_BI)
     out_BO.copy_(out_BO + y_BO if accumulate else y_BO)
+
+
+def _by_row(function: Callable[..., Tensor], *tensors_B: Tensor) -> Tensor:
+    """Of each row alone: torch takes other paths, with other bits, where there are more."""
+    return torch.cat([function(*row) for row in zip(*(x.split(1) for x in tensors_B), strict=True)])
 
 
 def rms_norm(x_BI: Tensor, weight_I: Tensor, eps: float) -> Tensor:

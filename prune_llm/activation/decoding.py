@@ -5,6 +5,7 @@ Shape letters: S = sites, B = rows of a plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,9 @@ class PlanGates:
         self._levels = levels
         self._thresholds_SB = torch.full((len(sites), rows), EVERY_INPUT)
         self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64)
+        self._before_S3 = self._counts_S3.clone()  # when `run_active` was last asked
+        self._inputs_S = torch.tensor([site.in_features for site in sites])
+        self._weights_S = torch.tensor(levels.weights, dtype=torch.float64)
         self._site_of = {name: s for s, site in enumerate(sites) for name in site.linears}
 
     def site(self, linear: str) -> int | None:
@@ -102,12 +106,33 @@ class PlanGates:
 
     def choose(self, row: int, level: Level | None) -> None:
         """What a row skips from now on; None leaves the row out."""
-        if level is None:
-            self._thresholds_SB[:, row] = torch.inf
-        elif level.name == DENSE:
-            self._thresholds_SB[:, row] = EVERY_INPUT
-        else:
-            self._thresholds_SB[:, row] = torch.tensor(level.thresholds)
+        self._thresholds_SB[:, row] = self._column_S(level)
+
+    def choose_rows(self, names: Sequence[str]) -> None:
+        """The levels of the first rows, by name; the others stay as they are."""
+        columns = {name: self._column_S(self._levels.table.level(name)) for name in set(names)}
+        self._thresholds_SB[:, : len(names)] = torch.stack([columns[n] for n in names], dim=1)
+
+    def _column_S(self, level: Level | None) -> Tensor:
+        if level is None or level.name == DENSE:
+            return torch.full((len(self._weights_S),), torch.inf if level is None else EVERY_INPUT)
+        return torch.tensor(level.thresholds)
+
+    def run_active(self, dense: int) -> float | None:
+        """As `active`, of the last run alone and of the rows that skip; to be called after each.
+
+        Args:
+            dense: rows of the run that skip nothing.
+        """
+        new_S3 = self._counts_S3 - self._before_S3
+        self._before_S3 += new_S3
+        rows_S = new_S3[:, 2] - dense
+        if not bool((rows_S > 0).any()):
+            return None
+        counted_S = new_S3[:, 1] - dense * self._inputs_S
+        shares_S = counted_S / (rows_S * self._inputs_S).clamp(min=1)
+        shares_S = torch.where(rows_S > 0, shares_S, 1.0)  # a site that is not gated
+        return float((shares_S * self._weights_S).sum() / self._weights_S.sum())
 
     @property
     def active(self) -> float | None:

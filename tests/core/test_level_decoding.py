@@ -10,21 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SIZES, llama_config, save_model
+from tiny_models import MORE, PROMPT, SIZES, add_levels, llama_config, save_model
 
 import prune_llm
 from prune_llm import PruneConfig, prune
 from prune_llm.activation.decoding import model_levels
 from prune_llm.activation.gates import Gates, channel_scales
 from prune_llm.activation.levels import ActivationSite, Level, LevelTable
-from prune_llm.activation.sites import find_sites, table_sites
+from prune_llm.activation.sites import table_sites
 from prune_llm.channel_linear import ChannelLinear
 from prune_llm.decoder import Draft, PlanDecoder, SpeculativeDecoder, new_decoder, recordable
 from prune_llm.generation import generate
 from prune_llm.sparse_linear import SparseLinear
-
-PROMPT = list(b"the quick brown fox jumps over it")
-MORE = list(b" and under the lazy dog, twice or thrice")
 
 
 @pytest.fixture(autouse=True)
@@ -33,41 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def add_levels(model: Any, criterion: str = "magnitude") -> LevelTable:
-    """Thresholds at medians of what the sites see; as a checkpoint would bring them."""
-    sites = find_sites(model)
-    seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
-    table = LevelTable(criterion, tuple(site.site for site in sites), ())
-    scales = channel_scales(model, table)
-    hooks = []
-    for site, scale in zip(sites, scales, strict=True):
-        own = seen[site.name]
-
-        def hook(_m: Any, args: Any, own: Any = own, scale: Any = scale) -> None:
-            own.append((args[0].detach().abs().float() * (1 if scale is None else scale)).flatten())
-
-        hooks.append(site.modules[0].register_forward_pre_hook(hook))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([PROMPT + MORE]))
-    for entry in hooks:
-        entry.remove()
-    # an expert that no token reached gets a threshold of 0.1
-    found = [torch.cat(values) if values else torch.full((1,), 0.1) for values in seen.values()]
-    levels = tuple(
-        # off the values themselves: rounding would decide on which side they fall
-        Level(f"{share:.0%}", tuple(1.0003 * float(v.quantile(share)) for v in found), share)
-        for share in (0.3, 0.6)
-    )
-    table = LevelTable(criterion, table.sites, levels)
-    model.__dict__.pop("_prune_llm_levels", None)
-    settings = getattr(model.config, "quantization_config", None)
-    if settings is not None and not isinstance(settings, dict):
-        settings.settings["activation"] = table.to_json()
-    else:
-        model.config.quantization_config = {"activation": table.to_json()}
-    return table
 
 
 # a score this close to its threshold may fall on either side by rounding

@@ -1,0 +1,152 @@
+"""Sequences that run together: what is asked, what comes back, and how far each has got.
+
+Positions count the tokens of prompt and answer from 0. The row of a position computes its keys and
+values, and the logits of the token behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prune_llm.activation.levels import DENSE
+from prune_llm.pages import FIRST, page_key
+from prune_llm.sampling import Sampler, SamplingParams
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """One prompt to continue.
+
+    Attributes:
+        id: unique among those that wait or run.
+        ids: the prompt's tokens.
+        params: see `SamplingParams`; stop texts are left to those who know text.
+        level: of activation sparsity, for the tokens behind the prompt.
+        logprobs: alternatives to report for each token; 0: only the token's own; None: nothing.
+        prompt_logprobs: report the prompt's tokens as well.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    params: SamplingParams
+    level: str = DENSE
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token and its log-probability by the model's own logits, before anything adjusts them.
+
+    Attributes:
+        logprob: None for the first token of a prompt.
+        top: the most likely tokens at its place, as asked, likeliest first.
+    """
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEvent:
+    """What a step did for one sequence.
+
+    Attributes:
+        token: that was drawn; None where only the prompt was asked for.
+        score: of the token, if asked.
+        prompt: of the prompt's tokens, in the first event, if asked.
+        finish_reason: "stop" (an end token) or "length" in the last event, else None.
+        cached_tokens: of the prompt that were not computed for it; in the first event.
+        active: share of the linears' inputs that counted behind the prompt, in the last event, at
+            a level that skips some; see `Ran.active`.
+    """
+
+    id: str
+    token: int | None
+    score: ScoredToken | None = None
+    prompt: tuple[ScoredToken, ...] = ()
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    active: float | None = None
+
+
+@dataclass(eq=False, slots=True)
+class LiveSequence:
+    """A request on its way.
+
+    Attributes:
+        tokens: prompt and answer.
+        computed: tokens whose keys and values lie in the cache.
+        pages: where they lie. registered: how many of those are known under their key, or were
+            adopted.
+        slot: among the running; None: waits.
+        cached: tokens of the prompt that were adopted.
+        scores: of the prompt's tokens so far.
+        active_rows: behind the prompt; active_sum: over them, of the shares that counted.
+    """
+
+    request: SequenceRequest
+    sampler: Sampler
+    tokens: list[int]
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    registered: int = 0
+    slot: int | None = None
+    cached: int = 0
+    scores: list[ScoredToken] = field(default_factory=list)
+    active_rows: int = 0
+    active_sum: float = 0.0
+    _keys: list[bytes] = field(default_factory=list)
+
+    @staticmethod
+    def of(request: SequenceRequest) -> LiveSequence:
+        sequence = LiveSequence(request, Sampler(request.params, request.ids), list(request.ids))
+        if request.prompt_logprobs:
+            sequence.scores.append(ScoredToken(request.ids[0], None))
+        return sequence
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.ids)
+
+    @property
+    def started(self) -> bool:
+        """Whether its first token was drawn."""
+        return len(self.tokens) > self.prompt_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """That the cache may have to hold: the last one drawn is never computed."""
+        return self.prompt_tokens + max(0, self.request.params.max_tokens - 1)
+
+    @property
+    def wanted_from(self) -> int:
+        """The first position whose logits are still needed."""
+        if self.request.prompt_logprobs and len(self.scores) < self.prompt_tokens:
+            return len(self.scores) - 1
+        return len(self.tokens) - 1
+
+    @property
+    def shareable(self) -> int:
+        """Tokens whose keys and values any other sequence of the same tokens has too."""
+        return len(self.tokens) if self.request.level == DENSE else self.prompt_tokens
+
+    @property
+    def active(self) -> float | None:
+        return self.active_sum / self.active_rows if self.active_rows else None
+
+    def key(self, index: int, page_size: int) -> bytes:
+        """Of the page ``index``, which must be full and shareable."""
+        while len(self._keys) <= index:
+            start = len(self._keys) * page_size
+            previous = self._keys[-1] if self._keys else FIRST
+            self._keys.append(page_key(previous, self.tokens[start : start + page_size]))
+        return self._keys[index]
+
+    def restart(self) -> None:
+        """Nothing of it is in the cache any more."""
+        self.computed = self.registered = 0
+        self.pages, self.slot = [], None
+        if not self.started:
+            self.cached = 0
