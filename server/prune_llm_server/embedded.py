@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's documentation names this value
 _CHECK_SECONDS = 1.0
+_CLOSING_SECONDS = 3.0
 _RESTART_WINDOW = 600.0
 
 
@@ -409,14 +410,19 @@ class EngineProcess:
         self._writer.write(pack(message))
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            # not by the process object, which may take the exit code from the one that waits for it
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def end(self) -> str:
-        """Wait for its end; how it ended."""
-        self.kill()
+        """Wait for its end, which a closed connection brings; how it ended."""
         self._writer.close()
         with suppress(ConnectionError):
             await self._writer.wait_closed()
-        code = await self._process.wait()
+        try:
+            code = await asyncio.wait_for(self._process.wait(), _CLOSING_SECONDS)
+        except TimeoutError:
+            self.kill()
+            code = await self._process.wait()
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"

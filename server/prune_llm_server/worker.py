@@ -16,14 +16,20 @@ import signal
 import socket
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prune_llm_server.wire import Message, messages, pack
 
+if TYPE_CHECKING:
+    from prune_llm.runners import BatchLimits, Runner
+    from prune_llm.sequences import SequenceEvent, SequenceRequest
+
 ALIVE_SECONDS = 1.0  # an idle engine says so this often
 _WARM_TOKENS = 4
+_CONTEXT = 4096  # of models that name none
+_SHARE_OF_MEMORY = 0.25
 
 
 def main() -> None:
@@ -82,7 +88,7 @@ class Worker:
             raise ValueError(
                 f"default_level {config['default_level']!r}: does not exist; this model has {known}"
             )
-        Batcher(runner).warm_up(_WARM_TOKENS)
+        _warm_up(runner)
         self._batcher = Batcher(runner, end_ids(model))
         holds = runner.pages * runner.limits.page_size
         info = {
@@ -98,7 +104,7 @@ class Worker:
                 "threads": torch.get_num_threads(),
                 "max_rows": runner.limits.max_rows,
                 "chunk_tokens": runner.limits.chunk_tokens,
-                "cache_bytes": runner.cache_bytes,
+                "cache_bytes": runner.limits.cache_bytes,
                 "cache_tokens": holds,
                 "page_size": runner.limits.page_size,
             },
@@ -110,9 +116,7 @@ class Worker:
         while True:
             self._take()
             events = self._batcher.step()
-            self._send(
-                {"events": [_plain(asdict(event)) for event in events], "status": self._status()}
-            )
+            self._send({"events": [_lean(event) for event in events], "status": self._status()})
 
     def _take(self) -> None:
         """What came since the last step; waits while there is nothing to run."""
@@ -144,19 +148,43 @@ class Worker:
         self._connection.sendall(pack(message))
 
 
-def _limits(config: Message, model: Any) -> Any:
-    from prune_llm.runners import BatchLimits, default_cache_bytes
+def _limits(config: Message, model: Any) -> BatchLimits:
+    from prune_llm.runners import BatchLimits, token_bytes
 
     limits = BatchLimits(
-        max_rows=config["max_rows"],
-        chunk_tokens=config["chunk_tokens"],
-        cache_bytes=config["cache_bytes"] or default_cache_bytes(model, config["max_rows"]),
-        levels=config["levels"],
+        max_rows=config["max_rows"], chunk_tokens=config["chunk_tokens"], levels=config["levels"]
     )
-    return limits
+    cache_bytes = config["cache_bytes"]
+    if cache_bytes is None:
+        cache_bytes = _affordable(token_bytes(model), model, limits)
+    return replace(limits, cache_bytes=cache_bytes)
 
 
-def _request(fields: Message) -> Any:
+def _affordable(token_bytes: int, model: Any, limits: BatchLimits) -> int:
+    """For every sequence at the model's full context, but no more than the system can spare."""
+    import psutil
+
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or _CONTEXT
+    spare = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
+    # a page more for each: the last is seldom full
+    return min(spare, limits.max_rows * (context + limits.page_size) * token_bytes)
+
+
+def _warm_up(runner: Runner) -> None:
+    """Touch every weight and buffer: the first request should find what later ones find."""
+    from prune_llm.batching import Batcher
+    from prune_llm.sampling import SamplingParams
+    from prune_llm.sequences import SequenceRequest
+
+    batcher = Batcher(runner)
+    for level in runner.levels:
+        batcher.add(SequenceRequest(level, (0,), SamplingParams(max_tokens=_WARM_TOKENS), level))
+    while not batcher.idle:
+        batcher.step()
+
+
+def _request(fields: Message) -> SequenceRequest:
     from prune_llm.sampling import SamplingParams
     from prune_llm.sequences import SequenceRequest
 
@@ -171,9 +199,17 @@ def _request(fields: Message) -> Any:
     )
 
 
-def _plain(event: Message) -> Message:
+def _lean(event: SequenceEvent) -> Message:
     """Without what is empty: a step has an event of each running sequence."""
-    return {name: value for name, value in event.items() if value not in (None, (), 0) or name == "token"}
+    lean: Message = {"id": event.id, "token": event.token}
+    if event.score is not None:
+        lean["score"] = asdict(event.score)
+    if event.prompt:
+        lean["prompt"] = [asdict(score) for score in event.prompt]
+    for name in ("finish_reason", "cached_tokens", "active"):
+        if value := getattr(event, name):
+            lean[name] = value
+    return lean
 
 
 if __name__ == "__main__":
