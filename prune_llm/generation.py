@@ -113,6 +113,8 @@ def stream(
         params = SamplingParams(**{**model_defaults(model.generation_config), **changes})
     elif changes:
         params = replace(params, **changes)
+    if params.max_tokens < 1:
+        raise ValueError(f"max_tokens {params.max_tokens}: must be at least 1")
     tokenizer = tokenizer or load_tokenizer(model)
     ids = prompt_ids(prompt, tokenizer)
     most = room(model, len(ids), params.max_tokens)

@@ -25,7 +25,7 @@ class SamplingParams:
     """How a continuation is chosen and when it ends; the names are vLLM's.
 
     Attributes:
-        max_tokens: most tokens to add.
+        max_tokens: most tokens to add; 0, for an engine that tells only of the prompt.
         temperature: 0 takes the most likely token, the lowest id of equals.
         top_k: keep the k most likely tokens; 0: all.
         top_p: keep the most likely tokens that together have at least this probability.
@@ -54,8 +54,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens {self.max_tokens}: must be at least 1")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens {self.max_tokens}: must be 0 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or more")
         if self.top_k < 0:

@@ -83,7 +83,7 @@ def test_nan_logits_are_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens 0: must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens -1: must be 0 or more"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"top_k": -1}, "top_k -1"),
