@@ -68,13 +68,13 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger and event, then the fields the caller gave."""
+    """Time, severity, logger and event, then the fields the caller gave."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
+            "severity": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage().strip(),
             **getattr(record, "fields", {}),
