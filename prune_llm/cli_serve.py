@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,11 @@ def _serve(model: str, options: dict[str, Any]) -> int:
             f"{settings.host} can be reached from other machines and no API key is set: anybody "
             "may use this server; give --api-key-file"
         )
-    engine = _engine(model, options, lambda code: app.state.lifecycle.stop_with(code))
+
+    def on_dead(code: int) -> None:
+        app.state.lifecycle.stop_with(code)
+
+    engine = _engine(model, options, on_dead)
     app = create_app(engine, settings)
     try:
         return serve(app, settings, lambda url: click.echo(_ready_line(url, engine.info)))
@@ -106,7 +111,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
     )
 
 
-def _engine(model: str, options: dict[str, Any], on_dead: Any) -> Any:
+def _engine(model: str, options: dict[str, Any], on_dead: Callable[[int], None]) -> Any:
     """The engine that runs beside the server; ``on_dead`` takes an exit code."""
     embedded = importlib.import_module("prune_llm_server.embedded")
     given = {name: options[name] for name in _ENGINE_OPTIONS if options[name] is not None}

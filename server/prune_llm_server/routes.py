@@ -55,7 +55,7 @@ def _body(name: str) -> dict[str, Any]:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    stream = {CONTENT_TYPE: {"schema": {"type": "string"}}}
+    stream: dict[str, Any] = {CONTENT_TYPE: {}}
 
     @app.post(
         "/v1/completions",

@@ -69,8 +69,16 @@ def test_every_operation_is_tried(server: Any) -> None:
     assert found == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+CASES = [
+    (path, method, mode)
+    for path, method in OPERATIONS
+    for mode in GenerationMode
+    # what takes no input has no wrong input
+    if mode is GenerationMode.POSITIVE or method == "POST"
+]
+
+
+@pytest.mark.parametrize(("path", "method", "mode"), CASES)
 def test_cases_of_the_schema(server: Any, path: str, method: str, mode: GenerationMode) -> None:
     document = server.client.get("/openapi.json").json()
     # so that some cases get as far as an answer

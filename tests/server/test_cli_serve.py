@@ -90,9 +90,7 @@ def test_options_reach_the_engine(cli: Any, embedded: Any) -> None:
         "40%", "--no-levels", "--threads", "2", "--trust-remote-code",
     )  # fmt: skip
     assert embedded.EmbeddedEngine.configs == [
-        embedded.EngineConfig(
-            "missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True
-        )
+        embedded.EngineConfig("missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True)
     ]
 
 

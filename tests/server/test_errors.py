@@ -138,6 +138,10 @@ def test_only_json_bodies(server: Any, kind: str | None) -> None:
     assert "application/json" in error(response, 415)["message"]
 
 
+def statuses(log: Any) -> list[int]:
+    return [line["status"] for line in log() if line["event"] == "request"]
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "code"),
     [
@@ -151,7 +155,7 @@ def test_only_json_bodies(server: Any, kind: str | None) -> None:
 )
 @pytest.mark.parametrize("n", [1, 2])
 def test_engine_errors(
-    start: Any, log: Any, raised: Exception, status: int, code: str, n: int
+    start: Any, log: Any, wait_until: Any, raised: Exception, status: int, code: str, n: int
 ) -> None:
     server = start(FakeEngine(errors={0: raised}))
     for stream in (False, True):  # before the first token, a stream has a status as well
@@ -174,8 +178,8 @@ def test_engine_errors(
     assert response.status_code == 200 and len(lines) == 3
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == code
     assert server.engine.cancelled + server.engine.running == 0
-    line = [line for line in log() if line["event"] == "request"][-1]
-    assert line["status"] == status
+    wait_until(lambda: len(statuses(log)) == 3)
+    assert statuses(log) == [status] * 3
 
 
 def test_openai_client_raises(start: Any) -> None:

@@ -80,13 +80,18 @@ def test_metrics(start: Any) -> None:
     assert found["process_open_fds"] > 0
 
 
-def test_a_line_for_each_request(start: Any, log: Any) -> None:
+def log_lines(log: Any) -> list[dict[str, Any]]:
+    return [line for line in log() if line["event"] == "request"]
+
+
+def test_a_line_for_each_request(start: Any, log: Any, wait_until: Any) -> None:
     server = start(FakeEngine(step_seconds=0.002))
     server.complete(prompt="hello", n=2, max_tokens=5, activation_sparsity="40%")
     server.client.get("/health")
     server.client.get("/nowhere")
     server.post("/v1/completions", prompt="x", temperature=9)
-    first, unknown, refused = [line for line in log() if line["event"] == "request"]
+    wait_until(lambda: len(log_lines(log)) == 3)  # the last is written behind its answer
+    first, unknown, refused = log_lines(log)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
     assert 0 < first.pop("ttft") < first.pop("seconds")
     assert len(first.pop("request_id")) == 32
