@@ -215,6 +215,8 @@ def test_bad_prompts(tiny_llama: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             generate(model, prompt, max_tokens=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_tokens 0: must be at least 1"):
+        generate(model, PROMPT, max_tokens=0)
 
 
 def test_chat_messages_go_through_the_template(tiny_llama: Path) -> None:
