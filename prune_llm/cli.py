@@ -20,6 +20,7 @@ from rich.progress import Progress as Bar
 from prune_llm import __version__
 from prune_llm.cli_frontier import frontier_command
 from prune_llm.cli_prune import prune_command
+from prune_llm.cli_serve import serve_command
 from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_tables import print_info, print_quality
 from prune_llm.prune import Progress
@@ -91,6 +92,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 main.add_command(prune_command)
 main.add_command(sparsify_command)
 main.add_command(frontier_command)
+main.add_command(serve_command)
 
 
 @main.command("eval")

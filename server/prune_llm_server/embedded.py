@@ -155,7 +155,7 @@ class EmbeddedEngine:
         try:
             process = await EngineProcess.start(self._config)
             self._serve_with(process, await process.until_ready())
-        except EngineError as error:
+        except (EngineError, ValueError) as error:
             self._give_up(f"the engine {why} and could not be restarted: {error}")
         else:
             LOGGER.info("engine restarted", extra={"fields": {"restarts": len(self._restarts)}})
@@ -384,7 +384,7 @@ class EngineProcess:
         """What it says of the model.
 
         Raises:
-            EngineError: it cannot load it.
+            ValueError: it cannot be loaded as it is. EngineError: the engine died over it.
         """
         while (message := await self.read()) is not None:
             if "ready" in message:
@@ -393,7 +393,7 @@ class EngineProcess:
                 return ready
             if "failed" in message:
                 await self.end()
-                raise EngineError(message["failed"])
+                raise ValueError(message["failed"])
         raise EngineError(f"the engine {await self.end()} while it loaded the model")
 
     @property
