@@ -51,6 +51,8 @@ struct FloatAccumulator {
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
+  enum { kReduced = 1 };
+  static INLINE void reduce_many(const Acc* accs, float* out) { *out = reduce(*accs); }
 };
 
 struct BF16Lanes {

@@ -65,6 +65,8 @@ struct FloatAccumulator {
     return Acc{vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
   }
   static INLINE float reduce(Acc acc) { return vaddvq_f32(vaddq_f32(acc.low, acc.high)); }
+  enum { kReduced = 1 };
+  static INLINE void reduce_many(const Acc* accs, float* out) { *out = reduce(*accs); }
   typedef Acc Sums;
   static INLINE Sums load_sums(const float* p) { return Acc{vld1q_f32(p), vld1q_f32(p + 4)}; }
   static INLINE void store_sums(float* p, Sums sums) {
