@@ -21,7 +21,7 @@ INLINE __mmask32 first_32(int64_t n) {
 
 struct FloatAccumulator {
   typedef __m512 Acc;
-  enum { kTileRows = 6, kTileInputs = 4 };
+  enum { kTileRows = 6, kTileInputs = 4, kExpandRows = 4, kExpandInputs = 4 };
   static constexpr int kRows(int batch, bool sparse) {
     return batch == 1 ? (sparse ? 3 : 2) : batch <= 4 ? 4 : batch <= 6 ? 3 : 2;
   }

@@ -58,7 +58,7 @@ struct FloatAccumulator {
   };
   enum { kCols = 8 };
   static constexpr int kRows(int batch, bool) { return batch == 1 ? 4 : batch <= 4 ? 2 : 1; }
-  enum { kTileRows = 2, kTileInputs = 4 };
+  enum { kTileRows = 2, kTileInputs = 4, kExpandRows = 2, kExpandInputs = 4 };
   static INLINE int64_t place(int64_t c) { return c; }
   static INLINE Acc zero() { return Acc{vdupq_n_f32(0), vdupq_n_f32(0)}; }
   static INLINE Acc add(Acc a, Acc b) {

@@ -50,7 +50,7 @@ template <class Stored, float (*Load)(Stored), Stored (*Store)(float)> struct Po
     float lane[kLanes];
   };
   static constexpr int kRows(int, bool) { return 1; }
-  enum { kTileRows = 1, kTileInputs = 2 };
+  enum { kTileRows = 1, kTileInputs = 2, kExpandRows = 1, kExpandInputs = 2 };
   static INLINE int64_t place(int64_t c) { return c; }
   static INLINE Acc zero() { return Acc{}; }
   static INLINE Acc add(Acc a, Acc b) {

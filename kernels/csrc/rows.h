@@ -10,6 +10,8 @@
 //   kRows(B, sparse)  rows in flight for B inputs: enough chains to hide latency, few enough
 //                   registers and streams of memory (measured)
 //   kTileRows, kTileInputs  sums in registers where there are many inputs
+//   kExpandRows, kExpandInputs  the same while weights are expanded, which needs registers too;
+//                   inputs at most kNarrowBatch
 //   zero() add(acc, acc) fma(acc, w, x) reduce(acc) to_float(elem) from_float(f)
 //   reduce_many(accs, out)  reduce of kReduced accumulators behind each other, with the same bits
 //   place(c)        where a prepared input holds column c
@@ -229,9 +231,9 @@ INLINE void expand_rows(Panel<P>* p, int64_t r0, int64_t start, int64_t columns)
   }
 }
 
-// Columns [start, start + columns) of the panel's rows, times the first kTileInputs inputs.
+// Columns [start, start + columns) of the panel's rows, times the first kExpandInputs inputs.
 template <class P> INLINE void expand_panel(Panel<P>* p, int64_t start, int64_t columns) {
-  constexpr int R = P::kTileRows < 4 ? P::kTileRows : 4, B = P::kTileInputs;
+  constexpr int R = P::kExpandRows, B = P::kExpandInputs;
   int64_t r = 0;
   for (; r + R <= p->rows && may_overread<P>(p->a->weight, p->row + r + R - 1); r += R)
     expand_rows<P, false, R, B>(p, r, start, columns);
@@ -250,11 +252,11 @@ template <class P, bool Sparse> INLINE void expand_tails(Panel<P>* p, int64_t fu
 }
 
 // Asks for a tile's share of what comes next, so that memory works while the tiles multiply. The
-// tiles of the first kTileInputs inputs have no share: expand_rows is theirs.
+// tiles of the first kExpandInputs inputs have no share: expand_rows is theirs.
 template <class P, int R, int B>
 INLINE void prefetch_share(const Panel<P>* p, int64_t r0, int64_t b0) {
   constexpr int64_t kMaskLines = kSumColumns / 8 / 64;
-  const int64_t done = b0 - P::kTileInputs, all = p->inputs - P::kTileInputs;
+  const int64_t done = b0 - P::kExpandInputs, all = p->inputs - P::kExpandInputs;
   const int64_t begin = p->next_lines * done / all, end = p->next_lines * (done + B) / all;
   UNROLL for (int r = 0; r < R; ++r) {
     for (int64_t line = begin; line < end; ++line)
@@ -373,7 +375,7 @@ template <class P, bool Sparse> void run_panel(Panel<P>* p) {
     if (Sparse) {
       expand_panel(p, start, count);
       look_ahead(p, start + count);
-      multiply_panel(p, p->weights, kSumColumns, P::kTileInputs, start, count);
+      multiply_panel(p, p->weights, kSumColumns, P::kExpandInputs, start, count);
     } else {
       multiply_panel(p, (const Elem*)w->values + p->row * columns + start, columns, 0, start,
                      count);
