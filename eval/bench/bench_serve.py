@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_client import closed_loop, summary
-from serve_faults import Stand, run_faults, soak
+from serve_faults import CASES, Stand, run_faults, soak
 from serve_inputs import SHAPES, Prompts, default_text, dense_form, made_model
 from serve_process import Kind, Scale, serving
 
@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     add("--serve-options", default="", help="of prune-llm serve")
     add("--text", type=Path, help="prompts are pieces of it; the bundled stories if not given")
     add("--threads", type=int, help="of each server; its own choice if not given")
-    add("--faults", action="store_true", help="faults instead of load")
+    add("--faults", nargs="*", choices=CASES, help="these instead of load, or all of them")
     add("--aborts", type=int, default=1000, help="clients that leave, of --faults")
     add("--soak", type=float, metavar="MINUTES", help="mixed load instead")
     add("--log", type=Path, help="what the servers print; thrown away if not given")
@@ -210,13 +210,16 @@ async def run(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         Stand(kind, prompts, options.tokens, 600.0, log, options.threads)
         for kind in kinds_of(model, work, options)
     ]
-    if options.faults or options.soak is not None:
+    if options.faults is not None or options.soak is not None:
         stand = stands[0]
         await stand.ask_alone(min(options.checked or 32, options.prompts))
         found: dict[str, Any] = {}
-        if options.faults:
+        if options.faults is not None:
             found |= await run_faults(
-                stand, abort_requests=options.aborts, load_seconds=options.seconds
+                stand,
+                options.faults or CASES,
+                abort_requests=options.aborts,
+                load_seconds=options.seconds,
             )
         if options.soak is not None:
             async with serving(stand.kind, log, options.threads) as server:
@@ -243,7 +246,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        found = asyncio.run(run(options, work))
+        try:
+            found = asyncio.run(run(options, work))
+        except KeyboardInterrupt:
+            sys.exit("stopped; its servers are gone")
     found |= {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

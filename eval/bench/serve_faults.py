@@ -32,6 +32,7 @@ from serve_process import (
     until_idle,
 )
 
+CASES = ("aborts", "slow readers", "engine killed", "full queue", "SIGTERM")
 _IDLE_SECONDS = 60.0
 _SETTLE_SECONDS = 10.0
 
@@ -312,9 +313,14 @@ async def soak(server: Server, stand: Stand, concurrency: int, seconds: float) -
 
 
 async def run_faults(
-    stand: Stand, *, abort_requests: int, load_seconds: float, pause: float = 5.0
+    stand: Stand,
+    names: Iterable[str],
+    *,
+    abort_requests: int,
+    load_seconds: float,
+    pause: float = 5.0,
 ) -> dict[str, Any]:
-    """All cases, each with a server of its own."""
+    """Cases by name, each with a server of its own."""
     cases: dict[str, tuple[tuple[str, ...], Callable[[Server], Awaitable[dict[str, Any]]]]] = {
         "aborts": ((), lambda s: aborts(s, stand, abort_requests, 32)),
         "slow readers": ((), lambda s: slow_readers(s, stand, 16, pause)),
@@ -329,7 +335,8 @@ async def run_faults(
         ),
     }
     found = {}
-    for name, (options, case) in cases.items():
+    for name in names:
+        options, case = cases[name]
         kind = replace(stand.kind, options=(*stand.kind.options, *options))
         async with serving(kind, stand.log, stand.threads) as server:
             found[name] = await case(server)
