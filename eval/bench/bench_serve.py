@@ -36,8 +36,9 @@ from serve_faults import CASES, Stand, run_faults, soak
 from serve_inputs import SHAPES, Prompts, default_text, dense_form, made_model
 from serve_process import Kind, Scale, serving
 
-# cache of as many tokens as ours takes for 32 sequences of 2048
-_PEER_CACHE = "--cb-block-size 32 --cb-num-blocks 2048"
+# cache of as many tokens as ours takes for 32 sequences of 2048; its own choice would be most of the
+# memory there is. Its attention mask, tokens of a batch times tokens of the cache, is made at once.
+_PEER_CACHE = "--cb-block-size 32 --cb-num-blocks 2048 --cb-max-batch-tokens 512"
 _WARM_PROMPTS = 4
 _COUNTS = ("whole", "cut", "checked", "mismatches")
 
