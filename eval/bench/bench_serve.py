@@ -36,8 +36,8 @@ from serve_faults import CASES, Stand, run_faults, soak
 from serve_inputs import SHAPES, Prompts, default_text, dense_form, made_model
 from serve_process import Kind, Scale, serving
 
-# cache of as many tokens as ours takes for 32 sequences of 2048; its own choice would be most of the
-# memory there is. Its attention mask, tokens of a batch times tokens of the cache, is made at once.
+# cache of as many tokens as ours takes for 32 sequences of 2048; its own choice would be most of
+# the memory there is. Its attention mask has the tokens of a batch times those of the cache.
 _PEER_CACHE = "--cb-block-size 32 --cb-num-blocks 2048 --cb-max-batch-tokens 512"
 _WARM_PROMPTS = 4
 _COUNTS = ("whole", "cut", "checked", "mismatches")
@@ -175,9 +175,13 @@ def load_table(rows: list[dict[str, Any]]) -> str:
             f"{'' if server == mine else f'{ratio:.2f}x'} | {times} | {row['whole']} | "
             f"{row['cut']} | {row['failed']} | {row['mismatches']} of {row['checked']} | "
             f"{row['peak_rss'] / 1e9:.2f} GB | {row['peak_pss'] / 1e9:.2f} GB | "
-            f"{row['cached_share']:.0%} | {row['client_cpu_share']:.0%} |"
+            f"{_share(row.get('cached_share'))} | {row['client_cpu_share']:.0%} |"
         )
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "not told" if value is None else f"{value:.0%}"
 
 
 def case_table(cases: dict[str, dict[str, Any]]) -> str:

@@ -55,7 +55,7 @@ class Reply:
     Attributes:
         prompt: number of the prompt. started, ended: on the client's clock, connecting included.
         pieces: when each event with text or a finish came; a server may put two tokens into one.
-        tokens, prompt_tokens, cached_tokens: as the server's usage tells.
+        tokens, prompt_tokens, cached_tokens: as the server's usage tells; the last may be missing.
         error: why it is not whole; "": it is.
     """
 
@@ -67,7 +67,7 @@ class Reply:
     pieces: list[float] = field(default_factory=list)
     tokens: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     finish_reason: str | None = None
     retry_after: str = ""
     error: str = "no answer"
@@ -98,8 +98,7 @@ class Reply:
             self.finish_reason = reason or self.finish_reason
         if usage := event.get("usage"):
             self.tokens, self.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
-            details = usage.get("prompt_tokens_details") or {}
-            self.cached_tokens = details.get("cached_tokens") or 0
+            self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
     def judge(self) -> None:
         """At the end of the stream: whether it is whole."""
@@ -293,6 +292,7 @@ def summary(load: Load, alone: dict[int, str]) -> dict[str, Any]:
     tokens = sum(tokens_until(reply, load.deadline) for reply in whole)
     checked = [reply for reply in whole if reply.prompt in alone]
     prompt_tokens = sum(reply.prompt_tokens for reply in whole)
+    cached = [reply.cached_tokens for reply in whole if reply.cached_tokens is not None]
     found: dict[str, Any] = {
         "concurrency": load.concurrency,
         "seconds": seconds,
@@ -306,7 +306,7 @@ def summary(load: Load, alone: dict[int, str]) -> dict[str, Any]:
         "requests_per_second": len(whole) / seconds,
         "prompt_tokens": prompt_tokens,
         "completion_tokens": sum(reply.tokens for reply in whole),
-        "cached_share": sum(r.cached_tokens for r in whole) / prompt_tokens if whole else 0.0,
+        "cached_share": sum(cached) / prompt_tokens if cached else None,
         "client_cpu_share": load.client_share,
     }
     for name, values in {
