@@ -33,8 +33,8 @@ SHAPE = {
 }
 
 
-def make_model(directory: Path, blocks: int) -> Path:
-    """Random bfloat16 weights of the shape above."""
+def make_model(directory: Path, blocks: int, shape: dict[str, int] = SHAPE) -> Path:
+    """Random bfloat16 weights of a Llama's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if (directory / "config.json").exists():
@@ -43,12 +43,12 @@ def make_model(directory: Path, blocks: int) -> Path:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=blocks))
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=blocks))
     finally:
         torch.set_default_dtype(before)
     directory.mkdir(parents=True)
     model.save_pretrained(directory, max_shard_size="1GB")
-    make_tokenizer(directory, SHAPE["vocab_size"])
+    make_tokenizer(directory, shape["vocab_size"])
     return directory
 
 

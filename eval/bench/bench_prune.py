@@ -82,6 +82,7 @@ def make_tokenizer(directory: Path, vocab: int) -> None:
     table = {name: index for index, name in enumerate(names)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.decoder = tokenizers.decoders.WordPiece(cleanup=False)  # spaces between words
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",
