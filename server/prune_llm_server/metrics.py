@@ -96,6 +96,19 @@ class Metrics:
         self.end_to_end = self._histogram(
             "e2e_request_latency_seconds", "Until a sequence's end.", _LONG_SECONDS
         )
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "A sequence's time in the queue.", _LONG_SECONDS
+        )
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds",
+            "From the first token of a sequence's prompt to its first answer.",
+            _LONG_SECONDS,
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds",
+            "From a sequence's first answer to its last.",
+            _LONG_SECONDS,
+        )
         self.prompt_length = self._histogram(
             "request_prompt_tokens", "Length of a prompt.", _TOKENS
         )
@@ -154,10 +167,21 @@ class Meter:
             if index % self._n == 0:  # as prompt_tokens, where a prompt counts once
                 self._record.cached_tokens += answer.cached_tokens
             self._metrics.prompt_tokens.labels(self._model).inc(self._prompt_tokens[index])
+        self._timed(answer)
         if answer.tokens:
             self._drew(index, answer.tokens, now)
         if answer.finish_reason is not None:
             self._finished(index, answer, now)
+
+    def _timed(self, answer: Answer) -> None:
+        metrics = self._metrics
+        for histogram, seconds in (
+            (metrics.queue, answer.queue_seconds),
+            (metrics.prefill, answer.prefill_seconds),
+            (metrics.decode, answer.decode_seconds),
+        ):
+            if seconds is not None:
+                histogram.labels(self._model).observe(seconds)
 
     def _drew(self, index: int, tokens: int, now: float) -> None:
         metrics, record = self._metrics, self._record

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class Worker:
         self, config: Message, connection: socket.socket, inbox: queue.SimpleQueue[Message]
     ) -> None:
         import torch
+        from transformers.utils import logging
 
         import prune_llm
         from prune_llm.batching import Batcher
@@ -79,6 +81,8 @@ class Worker:
         if config["threads"] is not None:
             torch.set_num_threads(config["threads"])
         self._connection, self._inbox = connection, inbox
+        self._timers: dict[str, Timer] = {}
+        logging.disable_progress_bar()  # the server's log is lines of JSON
         trust = config["trust_remote_code"]
         model = prune_llm.load(config["model"], trust_remote_code=trust)
         tokenizer = load_tokenizer(model, trust)
@@ -115,8 +119,20 @@ class Worker:
         """Step after step, for ever."""
         while True:
             self._take()
+            began = time.monotonic()
             events = self._batcher.step()
-            self._send({"events": [_lean(event) for event in events], "status": self._status()})
+            for id in self._batcher.joined:
+                self._timers[id].joined = began
+            told = [{**_lean(event), **self._times(event)} for event in events]
+            self._send({"events": told, "status": self._status()})
+
+    def _times(self, event: SequenceEvent) -> Message:
+        """What its first and its last event say of the time it took."""
+        timer = self._timers[event.id]
+        found = timer.times(event.finish_reason is not None)
+        if event.finish_reason is not None:
+            del self._timers[event.id]
+        return found
 
     def _take(self) -> None:
         """What came since the last step; waits while there is nothing to run."""
@@ -134,10 +150,12 @@ class Worker:
     def _handle(self, message: Message) -> None:
         if "cancel" in message:
             self._batcher.cancel(message["cancel"])
+            self._timers.pop(message["cancel"], None)
             return
         fields = message["add"]
         try:
             self._batcher.add(_request(fields))
+            self._timers[fields["id"]] = Timer()
         except ValueError as error:
             self._send({"refused": [fields["id"], str(error)]})
 
@@ -146,6 +164,25 @@ class Worker:
 
     def _send(self, message: Message) -> None:
         self._connection.sendall(pack(message))
+
+
+class Timer:
+    """When a sequence came, first ran and got its first answer."""
+
+    def __init__(self) -> None:
+        self._came = self.joined = time.monotonic()
+        self._first: float | None = None
+
+    def times(self, last: bool) -> Message:
+        """Seconds that are known with the event that came just now."""
+        now, found = time.monotonic(), {}
+        if self._first is None:
+            self._first = now
+            found["queue_seconds"] = self.joined - self._came
+            found["prefill_seconds"] = now - self.joined
+        if last:
+            found["decode_seconds"] = now - self._first
+        return found
 
 
 def _limits(config: Message, model: Any) -> BatchLimits:
