@@ -356,7 +356,6 @@ class _Writer:
             active=events[-1].get("active"),
             queue_seconds=events[0].get("queue_seconds"),
             prefill_seconds=events[0].get("prefill_seconds"),
-            decode_seconds=events[-1].get("decode_seconds"),
         )
 
     def _report(self, score: Message) -> TokenReport:

@@ -124,7 +124,6 @@ class Answer:
             skips some.
         queue_seconds: until its first token of the prompt was computed; prefill_seconds: from there
             to its first answer, where both are.
-        decode_seconds: from the first answer to the last, in that one, where the engine ended it.
     """
 
     text: str
@@ -136,7 +135,6 @@ class Answer:
     active: float | None = None
     queue_seconds: float | None = None
     prefill_seconds: float | None = None
-    decode_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Metrics:
         )
         self.decode = self._histogram(
             "request_decode_time_seconds",
-            "From a sequence's first answer to its last.",
+            "From a sequence's first token to its end.",
             _LONG_SECONDS,
         )
         self.prompt_length = self._histogram(
@@ -167,21 +167,16 @@ class Meter:
             if index % self._n == 0:  # as prompt_tokens, where a prompt counts once
                 self._record.cached_tokens += answer.cached_tokens
             self._metrics.prompt_tokens.labels(self._model).inc(self._prompt_tokens[index])
-        self._timed(answer)
+        for histogram, seconds in (
+            (self._metrics.queue, answer.queue_seconds),
+            (self._metrics.prefill, answer.prefill_seconds),
+        ):
+            if seconds is not None:
+                histogram.labels(self._model).observe(seconds)
         if answer.tokens:
             self._drew(index, answer.tokens, now)
         if answer.finish_reason is not None:
             self._finished(index, answer, now)
-
-    def _timed(self, answer: Answer) -> None:
-        metrics = self._metrics
-        for histogram, seconds in (
-            (metrics.queue, answer.queue_seconds),
-            (metrics.prefill, answer.prefill_seconds),
-            (metrics.decode, answer.decode_seconds),
-        ):
-            if seconds is not None:
-                histogram.labels(self._model).observe(seconds)
 
     def _drew(self, index: int, tokens: int, now: float) -> None:
         metrics, record = self._metrics, self._record
@@ -207,6 +202,8 @@ class Meter:
         metrics.end_to_end.labels(self._model).observe(now - record.started)
         metrics.prompt_length.labels(self._model).observe(self._prompt_tokens[index])
         metrics.generation_length.labels(self._model).observe(tokens)
+        if tokens:
+            metrics.decode.labels(self._model).observe(now - self._first[index])
         if tokens > 1:
             mean = (self._last[index] - self._first[index]) / (tokens - 1)
             metrics.per_token.labels(self._model).observe(mean)

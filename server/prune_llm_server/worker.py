@@ -127,12 +127,9 @@ class Worker:
             self._send({"events": told, "status": self._status()})
 
     def _times(self, event: SequenceEvent) -> Message:
-        """What its first and its last event say of the time it took."""
-        timer = self._timers[event.id]
-        found = timer.times(event.finish_reason is not None)
-        if event.finish_reason is not None:
-            del self._timers[event.id]
-        return found
+        """What its first event says of the time it took."""
+        timer = self._timers.pop(event.id, None)
+        return {} if timer is None else timer.times()
 
     def _take(self) -> None:
         """What came since the last step; waits while there is nothing to run."""
@@ -167,22 +164,15 @@ class Worker:
 
 
 class Timer:
-    """When a sequence came, first ran and got its first answer."""
+    """When a sequence came and first ran."""
 
     def __init__(self) -> None:
         self._came = self.joined = time.monotonic()
-        self._first: float | None = None
 
-    def times(self, last: bool) -> Message:
-        """Seconds that are known with the event that came just now."""
-        now, found = time.monotonic(), {}
-        if self._first is None:
-            self._first = now
-            found["queue_seconds"] = self.joined - self._came
-            found["prefill_seconds"] = now - self.joined
-        if last:
-            found["decode_seconds"] = now - self._first
-        return found
+    def times(self) -> Message:
+        """Of a sequence whose prompt was finished just now."""
+        now = time.monotonic()
+        return {"queue_seconds": self.joined - self._came, "prefill_seconds": now - self.joined}
 
 
 def _limits(config: Message, model: Any) -> BatchLimits:

@@ -74,7 +74,7 @@ def test_metrics(start: Any) -> None:
         f"request_queue_time_seconds_count{label}": 3,
         f"request_queue_time_seconds_sum{label}": 1.5,
         f"request_prefill_time_seconds_sum{label}": 0.75,
-        f"request_decode_time_seconds_sum{label}": 0.375,
+        f"request_decode_time_seconds_count{label}": 3,
         f"request_prompt_tokens_sum{label}": 15,
         f"request_generation_tokens_sum{label}": 210,
         'activation_sparsity_sum{level="40%",model_name="tiny/fake"}': pytest.approx(0.8),
