@@ -230,12 +230,12 @@ class EmbeddedEngine:
         return await self._encode(list(messages))
 
     async def _encode(self, prompt: Any) -> tuple[int, ...]:
-        from jinja2 import TemplateError
-
         loop = asyncio.get_running_loop()
         try:
             ids = await loop.run_in_executor(self._encoder, prompt_ids, prompt, self._tokenizer)
-        except (TemplateError, TypeError, LookupError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a template is a program, which may fail in any way
             raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
         return tuple(ids)
 

@@ -73,10 +73,11 @@ class Worker:
         from transformers.utils import logging
 
         import prune_llm
+        from prune_llm.admission import admit, one_line
         from prune_llm.batching import Batcher
         from prune_llm.generation import end_ids, load_tokenizer
         from prune_llm.runners import new_runner
-        from prune_llm.sampling import model_defaults
+        from prune_llm.sampling import SamplingParams, model_defaults
 
         if config["threads"] is not None:
             torch.set_num_threads(config["threads"])
@@ -84,16 +85,20 @@ class Worker:
         self._timers: dict[str, Timer] = {}
         logging.disable_progress_bar()  # the server's log is lines of JSON
         trust = config["trust_remote_code"]
-        model = prune_llm.load(config["model"], trust_remote_code=trust)
-        tokenizer = load_tokenizer(model, trust)
-        runner = new_runner(model, _limits(config, model))
+        directory = admit(config["model"], trust)
+        with one_line(directory):
+            model = prune_llm.load(directory, trust_remote_code=trust, use_safetensors=True)
+            tokenizer = load_tokenizer(model, trust)
+            sampling, ends = model_defaults(model.generation_config), end_ids(model)
+            SamplingParams(**sampling)  # refuses what no request could be answered with
+            runner = new_runner(model, _limits(config, model))
         if config["default_level"] not in runner.levels:
             known = ", ".join(runner.levels)
             raise ValueError(
                 f"default_level {config['default_level']!r}: does not exist; this model has {known}"
             )
         _warm_up(runner)
-        self._batcher = Batcher(runner, end_ids(model))
+        self._batcher = Batcher(runner, ends)
         holds = runner.pages * runner.limits.page_size
         info = {
             "directory": str(model.config.name_or_path),
@@ -101,7 +106,7 @@ class Worker:
             "context": min(runner.context, holds),
             "vocabulary": min(runner.vocabulary, len(tokenizer)),
             "levels": list(runner.levels),
-            "sampling": model_defaults(model.generation_config),
+            "sampling": sampling,
             "details": {
                 "engine": runner.name,
                 "dtype": str(model.dtype).removeprefix("torch."),

@@ -363,3 +363,40 @@ def test_a_request_over_its_time_frees_its_row(real: Running) -> None:
     assert asyncio.run_coroutine_threadsafe(take(), loop).result(20) < 200
     until(lambda: _is_empty(real))
     assert real.engine._answers == {}
+
+
+# -- templates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.mkdir('ran') }}",
+        "{{ range(10**9) | list }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[10**6].content }}",
+        "{{ messages | nothing }}",
+        "{% include '/etc/passwd' %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ raise_exception('no') }}",
+        "{{ messages.append(1) }}",
+        "{{ 'x' + 1 }}",
+        "{% for",
+        "",
+    ],
+)
+def test_templates_that_attack_or_fail_are_refusals(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    """Nothing but a ValueError, which clients get with status 400."""
+    for file in checkpoint.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    monkeypatch.chdir(tmp_path)
+    engine = EmbeddedEngine(EngineConfig(str(tmp_path), MODEL), lambda code: None)
+    engine._load_texts({"directory": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"chat template|is empty"):
+        asyncio.run(engine.encode_chat([{"role": "user", "content": "x"}]))
+    assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,18 @@ def test_too_many_deaths_end_the_server(model: Path, tmp_path: Path) -> None:
         assert not runs(worker)
     assert "was killed by SIGKILL, and was restarted 0 times before" in server.log
     assert "Traceback" not in server.log
+
+
+def test_a_hostile_directory_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+    """What is refused, and how: tests/core/test_admission.py."""
+    directory = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 10**9}))
+    with served(directory, tmp_path / "log") as server:
+        assert server.process.wait(60) == 2 and not server.url
+    assert "Traceback" not in server.log
+    line = server.log.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "describes a larger model than the weights" in line
 
 
 def test_a_server_told_to_end_while_it_loads(model: Path, tmp_path: Path) -> None:
