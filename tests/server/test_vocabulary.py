@@ -35,7 +35,7 @@ def byte_fallback() -> Any:
     """As Llama 2's: pieces of words behind U+2581, and a token for each byte."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    letters = sorted(set("".join(TRAINING)) - {" ", "好"}) + ["▁"]
+    letters = [*sorted(set("".join(TRAINING)) - {" ", "好"}), "▁"]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     words = ["th", "the", "▁the", "fo", "fox", "▁fox"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("f", "o"), ("fo", "x"), ("▁", "fox")]
