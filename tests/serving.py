@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import openai
@@ -171,29 +170,33 @@ class Process:
 
 
 @contextmanager
-def served(model: Path, log_file: Path, *options: str) -> Iterator[Process]:
-    """A process that is ready, or has ended before it was."""
+def starting(model: Path, log: IO[str], *options: str) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "prune_llm", "serve", str(model), "--port", "0"]
-    with log_file.open("w") as stderr:
-        process = subprocess.Popen(
-            [*command, "--served-model-name", "tiny", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-        )
-    found = Process(process, log_file)
+    process = subprocess.Popen(
+        [*command, "--served-model-name", "tiny", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=environment,
+    )
     try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def served(model: Path, log_file: Path, *options: str) -> Iterator[Process]:
+    """A process that is ready, or has ended before it was."""
+    with log_file.open("w") as log, starting(model, log, *options) as process:
+        found = Process(process, log_file)
         assert process.stdout is not None
         if line := process.stdout.readline().strip():
             found.url = line.split(" at ")[1].split("/v1")[0]
         yield found
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
 
 
 def children(pid: int) -> list[int]:

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,11 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    with suppress(ConnectionError):  # the server is gone: there is nobody to tell
+        _work(connection, inbox)
+
+
+def _work(connection: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
     config = inbox.get()
     connection.sendall(pack({"loading": {}}))
     try:
@@ -60,7 +66,7 @@ def _end_with_parent() -> None:
 def _receive(connection: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
     for message in messages(connection):
         inbox.put(message)
-    os._exit(0)  # the server is gone: there is nobody to tell
+    os._exit(0)
 
 
 class Worker:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Process, ask, metric, runs, served, until
+from serving import Process, ask, children, metric, runs, served, starting, until
 from tiny_models import llama_config, save_model
 
-LONG = {"max_tokens": 1900, "ignore_eos": True}
+LONG = {"max_tokens": 1200, "ignore_eos": True}
+MOST_RESTARTS = 3
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     log = tmp_path_factory.mktemp("log") / "log"
-    options = ("--stuck-seconds", "1", "--max-queue", "4", "--max-rows", "4", "--max-restarts", "9")
+    options = (
+        "--stuck-seconds",
+        "1",
+        "--max-queue",
+        "4",
+        "--max-rows",
+        "4",
+        "--max-restarts",
+        str(MOST_RESTARTS),
+    )
     with served(model, log, *options) as found:
         assert found.url, found.log
         yield found
@@ -151,15 +159,18 @@ def test_clients_that_leave_leave_nothing_behind(shared: Process) -> None:
     assert shared.complete("the fox").json()["choices"] == expected
 
 
-def test_a_killed_server_takes_its_worker_along(shared: Process) -> None:
+def test_too_many_deaths_end_the_server(shared: Process) -> None:
     """The last one of the shared server."""
-    (worker,) = shared.workers
-    with ThreadPoolExecutor(1) as pool:
-        (running,) = in_background(pool, shared, 1)
-        os.kill(shared.pid, signal.SIGKILL)
-        until(lambda: not runs(worker))
-        with pytest.raises(httpx.HTTPError):
-            running.result()
+    killed = []
+    while shared.process.poll() is None and len(killed) <= MOST_RESTARTS:
+        killed += shared.workers
+        os.kill(killed[-1], signal.SIGKILL)
+        until(lambda: shared.process.poll() is not None or bool(shared.workers), 20)
+        until(lambda: shared.process.poll() is not None or shared.status("/ready") == 200, 60)
+    assert shared.process.wait(20) == 1
+    assert not any(map(runs, killed))
+    assert f"was restarted {MOST_RESTARTS} times before" in shared.log
+    assert "Traceback" not in shared.log
 
 
 def test_a_server_told_to_end_finishes_what_it_took(model: Path, tmp_path: Path) -> None:
@@ -186,16 +197,6 @@ def test_a_server_told_to_end_finishes_what_it_took(model: Path, tmp_path: Path)
     assert len(requests) == 8
 
 
-def test_too_many_deaths_end_the_server(model: Path, tmp_path: Path) -> None:
-    with served(model, tmp_path / "log", "--max-restarts", "0") as server:
-        (worker,) = server.workers
-        os.kill(worker, signal.SIGKILL)
-        assert server.process.wait(20) == 1
-        assert not runs(worker)
-    assert "was killed by SIGKILL, and was restarted 0 times before" in server.log
-    assert "Traceback" not in server.log
-
-
 def test_a_hostile_directory_is_refused_in_one_line(model: Path, tmp_path: Path) -> None:
     """What is refused, and how: tests/core/test_admission.py."""
     directory = Path(shutil.copytree(model, tmp_path / "model"))
@@ -208,20 +209,15 @@ def test_a_hostile_directory_is_refused_in_one_line(model: Path, tmp_path: Path)
     assert line.startswith("error: ") and "describes a larger model than the weights" in line
 
 
-def test_a_server_told_to_end_while_it_loads(model: Path, tmp_path: Path) -> None:
-    """Nothing of it stays, and nothing is said of it but that."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "prune_llm", "serve", str(model), "--port", "0"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-        server = Process(process, tmp_path / "log")  # type: ignore[arg-type]
-        until(lambda: bool(server.workers), 60)
-        (worker,) = server.workers
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_a_server_that_ends_takes_its_worker_along(
+    model: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    """Also one that is loading, which hears nothing."""
+    with (tmp_path / "log").open("w") as log, starting(model, log) as process:
+        until(lambda: bool(children(process.pid)), 60)
+        (worker,) = children(process.pid)
+        process.send_signal(number)
+        assert process.wait(20) == code
         until(lambda: not runs(worker))
-    finally:
-        process.kill()
-        process.wait()
-    assert "Traceback" not in server.log
+    assert "Traceback" not in (tmp_path / "log").read_text()
