@@ -66,6 +66,8 @@ def test_every_command_runs_in_order(workplace: Path) -> None:
             continue
         words = shlex.split(command)
         assert words[0] == "prune-llm", f"README shows a command that no test runs: {command}"
+        if words[1] == "serve":
+            continue  # runs until it is told to end: see below
         done = subprocess.run(
             [sys.executable, "-m", "prune_llm", *words[1:]],
             cwd=workplace,
@@ -79,12 +81,41 @@ def test_every_command_runs_in_order(workplace: Path) -> None:
 
 
 def test_python_blocks_run(workplace: Path) -> None:
-    assert python_blocks()
-    for block in python_blocks():
+    blocks = [block for block in python_blocks() if "openai" not in block]
+    assert blocks
+    for block in blocks:
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+def test_the_servers_client_gets_its_answer(workplace: Path) -> None:
+    (command,) = [line for line in shell_commands() if line.startswith("prune-llm serve")]
+    (client,) = [block for block in python_blocks() if "openai" in block]
+    assert ":8000/" in client and command.endswith("--port 8000")
+    words = [*shlex.split(command)[1:-1], "0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "prune_llm", *words],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            ready = server.stdout.readline()
+            (port,) = re.findall(r"http://127.0.0.1:(\d+)/v1", ready)
+            done = subprocess.run(
+                [sys.executable, "-c", client.replace(":8000/", f":{port}/")],
+                capture_output=True,
+                text=True,
+            )
+        finally:
+            server.terminate()
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.split()) > 20
+        assert server.wait(60) == 0
 
 
 def test_named_files_exist() -> None:

@@ -21,7 +21,7 @@ INLINE __mmask32 first_32(int64_t n) {
 
 struct FloatAccumulator {
   typedef __m512 Acc;
-  enum { kTileRows = 6, kTileInputs = 4 };
+  enum { kTileRows = 6, kTileInputs = 4, kExpandRows = 4, kExpandInputs = 4 };
   static constexpr int kRows(int batch, bool sparse) {
     return batch == 1 ? (sparse ? 3 : 2) : batch <= 4 ? 4 : batch <= 6 ? 3 : 2;
   }
@@ -29,6 +29,23 @@ struct FloatAccumulator {
   static INLINE Acc zero() { return _mm512_setzero_ps(); }
   static INLINE Acc add(Acc a, Acc b) { return _mm512_add_ps(a, b); }
   static INLINE float reduce(Acc acc) { return _mm512_reduce_add_ps(acc); }
+  // Lanes are added in the order of reduce: 8 apart, 4 apart, 2 apart, neighbours.
+  enum { kReduced = 16 };
+  static INLINE void reduce_many(const Acc* accs, float* out) {
+    __m512 halves[8], quarters[4], pairs[2];
+    UNROLL for (int i = 0; i < 8; ++i)
+      halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(accs[i], accs[i + 8], 0x44),
+                                _mm512_shuffle_f32x4(accs[i], accs[i + 8], 0xEE));
+    UNROLL for (int i = 0; i < 4; ++i)
+      quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[i], halves[i + 4], 0x88),
+                                  _mm512_shuffle_f32x4(halves[i], halves[i + 4], 0xDD));
+    UNROLL for (int i = 0; i < 2; ++i)
+      pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(quarters[2 * i], quarters[2 * i + 1], 0x44),
+                               _mm512_shuffle_ps(quarters[2 * i], quarters[2 * i + 1], 0xEE));
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
+                                      _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD));
+    _mm512_storeu_ps(out, _mm512_shuffle_f32x4(sums, sums, 0xD8));
+  }
 };
 
 struct BF16Lanes {

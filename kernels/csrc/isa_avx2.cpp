@@ -42,7 +42,7 @@ constexpr Tables kTables = make_tables();
 struct FloatAccumulator {
   typedef __m256 Acc;
   static constexpr int kRows(int batch, bool) { return batch == 1 ? 4 : batch == 2 ? 3 : 2; }
-  enum { kTileRows = 2, kTileInputs = 4 };
+  enum { kTileRows = 2, kTileInputs = 4, kExpandRows = 2, kExpandInputs = 4 };
   static INLINE int64_t place(int64_t c) { return c; }
   static INLINE Acc zero() { return _mm256_setzero_ps(); }
   static INLINE Acc add(Acc a, Acc b) { return _mm256_add_ps(a, b); }
@@ -51,6 +51,8 @@ struct FloatAccumulator {
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
   }
+  enum { kReduced = 1 };
+  static INLINE void reduce_many(const Acc* accs, float* out) { *out = reduce(*accs); }
 };
 
 struct BF16Lanes {

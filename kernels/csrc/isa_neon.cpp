@@ -58,13 +58,15 @@ struct FloatAccumulator {
   };
   enum { kCols = 8 };
   static constexpr int kRows(int batch, bool) { return batch == 1 ? 4 : batch <= 4 ? 2 : 1; }
-  enum { kTileRows = 2, kTileInputs = 4 };
+  enum { kTileRows = 2, kTileInputs = 4, kExpandRows = 2, kExpandInputs = 4 };
   static INLINE int64_t place(int64_t c) { return c; }
   static INLINE Acc zero() { return Acc{vdupq_n_f32(0), vdupq_n_f32(0)}; }
   static INLINE Acc add(Acc a, Acc b) {
     return Acc{vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)};
   }
   static INLINE float reduce(Acc acc) { return vaddvq_f32(vaddq_f32(acc.low, acc.high)); }
+  enum { kReduced = 1 };
+  static INLINE void reduce_many(const Acc* accs, float* out) { *out = reduce(*accs); }
   typedef Acc Sums;
   static INLINE Sums load_sums(const float* p) { return Acc{vld1q_f32(p), vld1q_f32(p + 4)}; }
   static INLINE void store_sums(float* p, Sums sums) {

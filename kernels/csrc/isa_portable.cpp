@@ -50,7 +50,7 @@ template <class Stored, float (*Load)(Stored), Stored (*Store)(float)> struct Po
     float lane[kLanes];
   };
   static constexpr int kRows(int, bool) { return 1; }
-  enum { kTileRows = 1, kTileInputs = 2 };
+  enum { kTileRows = 1, kTileInputs = 2, kExpandRows = 1, kExpandInputs = 2 };
   static INLINE int64_t place(int64_t c) { return c; }
   static INLINE Acc zero() { return Acc{}; }
   static INLINE Acc add(Acc a, Acc b) {
@@ -93,6 +93,8 @@ template <class Stored, float (*Load)(Stored), Stored (*Store)(float)> struct Po
       for (int lane = 0; lane < half; ++lane) acc.lane[lane] += acc.lane[lane + half];
     return acc.lane[0];
   }
+  enum { kReduced = 1 };
+  static INLINE void reduce_many(const Acc* accs, float* out) { *out = reduce(*accs); }
   static INLINE void store(const W& w, Elem* p) {
     for (int c = 0; c < kCols; ++c) p[c] = Store(w.lane[c]);
   }

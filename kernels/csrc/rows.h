@@ -10,7 +10,10 @@
 //   kRows(B, sparse)  rows in flight for B inputs: enough chains to hide latency, few enough
 //                   registers and streams of memory (measured)
 //   kTileRows, kTileInputs  sums in registers where there are many inputs
+//   kExpandRows, kExpandInputs  the same while weights are expanded, which needs registers too;
+//                   inputs at most kNarrowBatch
 //   zero() add(acc, acc) fma(acc, w, x) reduce(acc) to_float(elem) from_float(f)
+//   reduce_many(accs, out)  reduce of kReduced accumulators behind each other, with the same bits
 //   place(c)        where a prepared input holds column c
 //   expand(mask, p) kept values at p -> kCols weights; may read kCols elements
 //   expand_exact(mask, p)  the same, reading popcount(mask) elements only
@@ -173,7 +176,7 @@ template <class P, bool Sparse> void multiply_narrow(const LinearArgs* a) {
 // Many inputs: a panel of kPanelRows rows by kSumColumns columns is expanded once, into the second
 // cache, and multiplied with kPanelInputs inputs, tile by tile; running totals wait in memory. The
 // additions are those of multiply_rows, in its order.
-constexpr int64_t kPanelRows = 24, kPanelInputs = 48;
+constexpr int64_t kPanelRows = 48, kPanelInputs = 48;
 
 // A step of a tile: a narrower one than kCols leaves registers for more sums.
 template <class P> struct Unit {
@@ -190,8 +193,9 @@ template <class P> struct Panel {
   int64_t row, rows, first, inputs;  // what the totals are of
   const typename P::Elem* value_at[kPanelRows];
   const char* next[kPanelRows];  // where each row's weights of the next columns begin
-  int64_t next_lines;            // how many lines of 64 bytes they are, about
-  typename P::Acc totals[kPanelRows][kPanelInputs];
+  const uint8_t* next_mask[kPanelRows];
+  int64_t next_lines;  // how many lines of 64 bytes the weights are, about; 0: ask for nothing
+  typename P::Acc totals[kPanelInputs][kPanelRows];
   typename P::Elem weights[kPanelRows * kSumColumns] __attribute__((aligned(64)));
 };
 
@@ -223,13 +227,13 @@ INLINE void expand_rows(Panel<P>* p, int64_t r0, int64_t start, int64_t columns)
   UNROLL for (int r = 0; r < R; ++r) {
     p->value_at[r0 + r] = value_at[r];
     UNROLL for (int b = 0; b < B; ++b)
-      p->totals[r0 + r][b] = P::add(p->totals[r0 + r][b], acc[r][b]);
+      p->totals[b][r0 + r] = P::add(p->totals[b][r0 + r], acc[r][b]);
   }
 }
 
-// Columns [start, start + columns) of the panel's rows, times the first kTileInputs inputs.
+// Columns [start, start + columns) of the panel's rows, times the first kExpandInputs inputs.
 template <class P> INLINE void expand_panel(Panel<P>* p, int64_t start, int64_t columns) {
-  constexpr int R = P::kTileRows < 4 ? P::kTileRows : 4, B = P::kTileInputs;
+  constexpr int R = P::kExpandRows, B = P::kExpandInputs;
   int64_t r = 0;
   for (; r + R <= p->rows && may_overread<P>(p->a->weight, p->row + r + R - 1); r += R)
     expand_rows<P, false, R, B>(p, r, start, columns);
@@ -247,14 +251,20 @@ template <class P, bool Sparse> INLINE void expand_tails(Panel<P>* p, int64_t fu
   }
 }
 
-// Asks for a tile's share of what comes next, so that memory works while the tiles multiply.
+// Asks for a tile's share of what comes next, so that memory works while the tiles multiply. The
+// tiles of the first kExpandInputs inputs have no share: expand_rows is theirs.
 template <class P, int R, int B>
 INLINE void prefetch_share(const Panel<P>* p, int64_t r0, int64_t b0) {
-  const int64_t begin = p->next_lines * b0 / p->inputs;
-  const int64_t end = p->next_lines * (b0 + B) / p->inputs;
-  UNROLL for (int r = 0; r < R; ++r)
+  constexpr int64_t kMaskLines = kSumColumns / 8 / 64;
+  const int64_t done = b0 - P::kExpandInputs, all = p->inputs - P::kExpandInputs;
+  const int64_t begin = p->next_lines * done / all, end = p->next_lines * (done + B) / all;
+  UNROLL for (int r = 0; r < R; ++r) {
     for (int64_t line = begin; line < end; ++line)
       __builtin_prefetch(p->next[r0 + r] + 64 * line, 0, 2);
+    if (done == 0)
+      UNROLL for (int line = 0; line < kMaskLines; ++line)
+        __builtin_prefetch(p->next_mask[r0 + r] + 64 * line, 0, 2);
+  }
 }
 
 template <class P, int R, int B>
@@ -263,7 +273,7 @@ INLINE void multiply_tile(Panel<P>* p, const typename P::Elem* weights, int64_t 
   const int64_t x_pitch = p->a->x_pitch;
   const typename P::X* x = (const typename P::X*)p->a->x + (p->first + b0) * x_pitch + start;
   weights += r0 * pitch;
-  prefetch_share<P, R, B>(p, r0, b0);
+  if (p->next_lines) prefetch_share<P, R, B>(p, r0, b0);
   typename P::Acc acc[R][B];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int b = 0; b < B; ++b) acc[r][b] = P::zero();
   for (int64_t c = 0; c < columns; c += Unit<P>::kCols) {
@@ -275,7 +285,7 @@ INLINE void multiply_tile(Panel<P>* p, const typename P::Elem* weights, int64_t 
   }
   UNROLL for (int r = 0; r < R; ++r)
     UNROLL for (int b = 0; b < B; ++b)
-      p->totals[r0 + r][b0 + b] = P::add(p->totals[r0 + r][b0 + b], acc[r][b]);
+      p->totals[b0 + b][r0 + r] = P::add(p->totals[b0 + b][r0 + r], acc[r][b]);
 }
 
 template <class P, int R>
@@ -302,17 +312,34 @@ void multiply_panel(Panel<P>* p, const typename P::Elem* weights, int64_t pitch,
   for (; r < p->rows; ++r) multiply_inputs<P, 1>(p, weights, pitch, r, b, start, columns);
 }
 
-template <class P> void finish_panel(const Panel<P>* p) {
+// Outputs of rows [r0, r0 + count) of the panel for one input, from their sums.
+template <class P>
+INLINE void finish_rows(const Panel<P>* p, const float* sums, int64_t b, int64_t r0, int count) {
   typedef typename P::Elem Elem;
   const LinearArgs* a = p->a;
-  const Elem* bias = (const Elem*)a->bias;
-  for (int64_t r = 0; r < p->rows; ++r) {
-    const float shift = bias ? P::to_float(bias[p->row + r]) : 0.0f;
-    for (int64_t b = 0; b < p->inputs; ++b) {
-      const int64_t at = (p->first + b) * a->weight->out_features + p->row + r;
-      const float sum = P::reduce(p->totals[r][b]) + shift;
-      const float addend = a->addend ? P::to_float(((const Elem*)a->addend)[at]) : 0.0f;
-      ((Elem*)a->y)[at] = P::from_float(a->addend ? sum + addend : sum);
+  const int64_t o = p->row + r0, at = (p->first + b) * a->weight->out_features + o;
+  const Elem* bias = a->bias ? (const Elem*)a->bias + o : nullptr;
+  const Elem* addend = a->addend ? (const Elem*)a->addend + at : nullptr;
+  Elem* y = (Elem*)a->y + at;
+#pragma omp simd
+  for (int r = 0; r < count; ++r) {
+    const float sum = sums[r] + (bias ? P::to_float(bias[r]) : 0.0f);
+    y[r] = P::from_float(addend ? sum + P::to_float(addend[r]) : sum);
+  }
+}
+
+template <class P> void finish_panel(const Panel<P>* p) {
+  constexpr int N = P::kReduced;
+  for (int64_t b = 0; b < p->inputs; ++b) {
+    float sums[N];
+    int64_t r = 0;
+    for (; r + N <= p->rows; r += N) {
+      P::reduce_many(&p->totals[b][r], sums);
+      finish_rows(p, sums, b, r, N);
+    }
+    for (; r < p->rows; ++r) {
+      sums[0] = P::reduce(p->totals[b][r]);
+      finish_rows(p, sums, b, r, 1);
     }
   }
 }
@@ -328,6 +355,8 @@ template <class P> INLINE void look_ahead(Panel<P>* p, int64_t column) {
     const bool same_row = column + P::kCols <= I || below >= w->out_features;
     p->next[r] = (const char*)(same_row ? p->value_at[r]
                                         : (const typename P::Elem*)w->values + row_start(w, below));
+    p->next_mask[r] = w->bitmask + (same_row ? (p->row + r) * mask_pitch(w) + column / 8
+                                             : below * mask_pitch(w));
   }
 }
 
@@ -339,14 +368,14 @@ template <class P, bool Sparse> void run_panel(Panel<P>* p) {
   for (int64_t r = 0; r < p->rows; ++r) {
     const int64_t o = p->row + r;
     p->value_at[r] = (const Elem*)w->values + (Sparse ? row_start(w, o) : o * columns + full);
-    for (int64_t b = 0; b < p->inputs; ++b) p->totals[r][b] = P::zero();
+    for (int64_t b = 0; b < p->inputs; ++b) p->totals[b][r] = P::zero();
   }
   for (int64_t start = 0; start < full; start += kSumColumns) {
     const int64_t count = full - start < kSumColumns ? full - start : kSumColumns;
     if (Sparse) {
       expand_panel(p, start, count);
       look_ahead(p, start + count);
-      multiply_panel(p, p->weights, kSumColumns, P::kTileInputs, start, count);
+      multiply_panel(p, p->weights, kSumColumns, P::kExpandInputs, start, count);
     } else {
       multiply_panel(p, (const Elem*)w->values + p->row * columns + start, columns, 0, start,
                      count);
