@@ -64,8 +64,9 @@ def _end_with_parent() -> None:
 
 
 def _receive(connection: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
-    for message in messages(connection):
-        inbox.put(message)
+    with suppress(ConnectionError):  # it ended with something unread
+        for message in messages(connection):
+            inbox.put(message)
     os._exit(0)
 
 
