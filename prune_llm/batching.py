@@ -44,6 +44,9 @@ class Batcher:
 
     Args:
         ends: tokens that end an answer, unless its request ignores them.
+
+    Attributes:
+        joined: ids of the sequences whose first rows the last step ran.
     """
 
     def __init__(self, runner: Runner, ends: frozenset[int] = frozenset()) -> None:
@@ -51,6 +54,7 @@ class Batcher:
         self._scheduler = Scheduler(runner)
         self._by_id: dict[str, LiveSequence] = {}
         self._rows = self._prompt_tokens = self._cached_tokens = 0
+        self.joined: list[str] = []
 
     @property
     def idle(self) -> bool:
@@ -97,6 +101,7 @@ class Batcher:
         If this raises, what the cache holds is unknown, and the batcher must not be used again.
         """
         segments = self._scheduler.next_segments()
+        self.joined = []
         if not segments:
             assert self.idle
             return []
@@ -105,6 +110,9 @@ class Batcher:
         ran = self._runner.run(segments)
         for sequence, segment, share in zip(sequences, segments, ran.active, strict=True):
             self._rows += len(segment.tokens)
+            if not sequence.joined:
+                sequence.joined = True
+                self.joined.append(sequence.request.id)
             if share is not None:
                 sequence.active_rows += len(segment.tokens)
                 sequence.active_sum += share * len(segment.tokens)

@@ -97,6 +97,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             tensors.append(_stored_tensor(name, entry, file, data_start, size))
+    _refuse_overlaps(tensors, file, data_start)
     return tensors
 
 
@@ -106,7 +107,7 @@ def _header_json(stream: BinaryIO, file: Path, size: int) -> dict[str, Any]:
         raise ValueError(f"{file}: truncated or not a safetensors file ({size} bytes)")
     try:
         header = json.loads(stream.read(length))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{file}: damaged, its safetensors header is not JSON") from None
     if not isinstance(header, dict):
         raise ValueError(f"{file}: damaged, its safetensors header is not a table")
@@ -116,7 +117,9 @@ def _header_json(stream: BinaryIO, file: Path, size: int) -> dict[str, Any]:
 def _data_bytes(header: dict[str, Any], file: Path, size: int) -> int:
     """Bytes of tensor data the header promises; they must end exactly where the file does."""
     try:
-        ends = [int(e["data_offsets"][1]) for name, e in header.items() if name != "__metadata__"]
+        ends = [
+            _whole(e["data_offsets"][1]) for name, e in header.items() if name != "__metadata__"
+        ]
         with file.open("rb") as stream:
             have = size - 8 - int.from_bytes(stream.read(8), "little")
     except (KeyError, TypeError, IndexError, ValueError):
@@ -134,8 +137,8 @@ def _stored_tensor(
     name: str, entry: dict[str, Any], file: Path, data_start: int, size: int
 ) -> StoredTensor:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        start, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(_whole(n) for n in entry["shape"])
+        start, end = (_whole(n) for n in entry["data_offsets"])
         nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     except KeyError as missing:
         raise ValueError(f"{file}: tensor {name!r}: unknown or missing {missing}") from None
@@ -144,6 +147,23 @@ def _stored_tensor(
     if min(shape, default=0) < 0 or start < 0 or end - start != nbytes or data_start + end > size:
         raise ValueError(f"{file}: damaged, the offsets of {name!r} do not fit its shape {shape}")
     return StoredTensor(name, dtype, shape, file, data_start + start, nbytes)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise ValueError(f"{number!r} is not a whole number")
+    return number
+
+
+def _refuse_overlaps(tensors: list[StoredTensor], file: Path, data_start: int) -> None:
+    """Bytes that belong to many tensors would be far more in memory than on disk."""
+    position = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != position:
+            raise ValueError(
+                f"{file}: damaged, {tensor.name!r} does not begin where the tensor before it ends"
+            )
+        position += tensor.nbytes
 
 
 @dataclass(frozen=True)
@@ -203,10 +223,11 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """
     directory = locate(model)
     config = _read_config(directory)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ValueError(
-            f"{directory}: already quantised or pruned (quant_method {method!r}); "
+            f"{directory}: already quantised or pruned (quant_method {method or 'unknown'!r}); "
             "give the original checkpoint"
         )
     tensors: dict[str, StoredTensor] = {}
@@ -242,14 +263,19 @@ def _download(name: str) -> Path:
         ) from None
 
 
+def read_json(file: Path) -> Any:
+    """Raises ValueError where it is none, or nested without end."""
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory}: has no config.json; give a Hugging Face model directory")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    config = read_json(file)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: not a JSON object")
     return config
@@ -268,7 +294,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(directory: Path, index: Path) -> list[Path]:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        names = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: damaged, it has no readable weight_map") from None
     for name in names:

@@ -24,6 +24,8 @@ _ENGINE_OPTIONS = (
     "default_level",
     "threads",
     "trust_remote_code",
+    "stuck_seconds",
+    "max_restarts",
 )
 _COUNT = click.IntRange(min=1)
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -50,6 +52,8 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True,
               help="For running requests, once told to end.")  # fmt: skip
+@click.option("--stuck-seconds", type=_ABOVE_0, help="Without a step the engine counts as stuck.")
+@click.option("--max-restarts", type=click.IntRange(min=0), help="Of the engine, in ten minutes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
 def serve_command(model: str, **options: Any) -> None:
     """Serve MODEL over HTTP with OpenAI's API; keys also from $PRUNE_LLM_API_KEYS."""

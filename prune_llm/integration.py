@@ -58,21 +58,40 @@ def load(
         settings: further arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: not a checkpoint, another format version, damaged: the message names the tensor.
+        ValueError: not a checkpoint, another format version, damaged, incomplete: the message names
+            the tensor.
     """
     from transformers import AutoModelForCausalLM
 
     register()
     directory = locate(model)
     arguments = {"dtype": dtype or "auto", "device_map": device_map, **settings}
+    # so that what is wrong comes back, instead of random weights in its place
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if is_sparse(_read_config(directory)):
         open_sparse(directory)  # our messages, before transformers builds anything
     elif not any(file.suffix in (".safetensors", ".bin") for file in directory.iterdir()):
         open_checkpoint(directory)  # says what is missing
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, **arguments)
+    loaded: PreTrainedModel
+    loaded, found = AutoModelForCausalLM.from_pretrained(directory, **arguments)
+    _refuse_gaps(directory, loaded, found)
     if dequantize and getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize()
     return loaded
+
+
+def _refuse_gaps(directory: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise unless every weight of the model came from the files."""
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{directory}: {name} is stored with shape {list(stored)}, and {type(model).__name__} "
+            f"has {list(expected)}; config.json and the weights are not of one model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{directory}: lacks {len(missing)} weights of {type(model).__name__}, first "
+            f"{missing[0]!r}; get the checkpoint again"
+        )
 
 
 def register() -> None:

@@ -80,7 +80,7 @@ class LiveSequence:
         computed: tokens whose keys and values lie in the cache.
         pages: where they lie. registered: how many of those are known under their key, or were
             adopted.
-        slot: among the running; None: waits.
+        slot: among the running; None: waits. joined: it ran before.
         cached: tokens of the prompt that were adopted.
         scores: of the prompt's tokens so far.
         active_rows: behind the prompt; active_sum: over them, of the shares that counted.
@@ -93,6 +93,7 @@ class LiveSequence:
     pages: list[int] = field(default_factory=list)
     registered: int = 0
     slot: int | None = None
+    joined: bool = False
     cached: int = 0
     scores: list[ScoredToken] = field(default_factory=list)
     active_rows: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection
@@ -104,6 +105,12 @@ class SparseCheckpoint:
     def nbytes(self) -> int:
         plain = sum(tensor.nbytes for tensor in self.plain.values())
         return plain + sum(weight.nbytes for weight in self.packed.values())
+
+    @property
+    def elements(self) -> int:
+        """Of all weights in their dense form."""
+        plain = sum(math.prod(tensor.shape) for tensor in self.plain.values())
+        return plain + sum(math.prod(weight.shape_OI) for weight in self.packed.values())
 
     @property
     def pattern(self) -> Pattern:

@@ -158,7 +158,7 @@ class FakeEngine:
         cached = len(have) // 2
         active = None if request.level == "dense" else 1 - float(request.level[:-1]) / 100
         if params.max_tokens == 0:
-            yield Answer("", 0, (), prompt, "length", cached, active)
+            yield Answer("", 0, (), prompt, "length", cached, active, 0.5, 0.25)
         for number in range(params.max_tokens):
             await asyncio.sleep(self.step_seconds)
             if number in self.errors:
@@ -169,9 +169,9 @@ class FakeEngine:
             last = number + 1 == params.max_tokens
             stopped = stops.add(_text(token) * self.width, last)
             reason = "stop" if stopped else "length" if last else None
-            yield Answer(
-                stops.take(), 1, reports, prompt, reason, cached, active if reason else None
-            )
+            waited = (None, None) if number else (0.5, 0.25)
+            share = active if reason else None
+            yield Answer(stops.take(), 1, reports, prompt, reason, cached, share, *waited)
             prompt, cached = (), 0
             if reason:
                 return

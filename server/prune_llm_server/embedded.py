@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +101,9 @@ class EmbeddedEngine:
 
     async def start(self) -> None:
         process = await EngineProcess.start(self._config)
-        ready = await process.until_ready()
-        await asyncio.get_running_loop().run_in_executor(self._encoder, self._load_texts, ready)
+        async with _ended_if_unused(process):
+            ready = await process.until_ready()
+            await asyncio.get_running_loop().run_in_executor(self._encoder, self._load_texts, ready)
         self._serve_with(process, ready)
         self._keeper = asyncio.create_task(self._keep())
 
@@ -139,7 +140,7 @@ class EmbeddedEngine:
             finally:
                 watch.cancel()
             why = await process.end()
-            self._process = None
+            self._process, self._status = None, {}
             self._fail_all(f"the engine {why} while the request was running; send it again")
             LOGGER.error("engine died", extra={"fields": {"reason": why}})
             await self._replace(why)
@@ -154,7 +155,9 @@ class EmbeddedEngine:
         self._reason = f"the engine {why} and is being restarted"
         try:
             process = await EngineProcess.start(self._config)
-            self._serve_with(process, await process.until_ready())
+            async with _ended_if_unused(process):
+                ready = await process.until_ready()
+            self._serve_with(process, ready)
         except (EngineError, ValueError) as error:
             self._give_up(f"the engine {why} and could not be restarted: {error}")
         else:
@@ -167,8 +170,10 @@ class EmbeddedEngine:
 
     async def _watch(self, process: EngineProcess) -> None:
         """Kill an engine that says nothing for too long; the loop above then replaces it."""
-        while process.silence < 2 * self._config.stuck_seconds:
+        checks = 0
+        while checks < 2:  # where this process itself was held up, the first check comes too early
             await asyncio.sleep(_CHECK_SECONDS)
+            checks = checks + 1 if process.silence >= 2 * self._config.stuck_seconds else 0
         LOGGER.error("engine stuck", extra={"fields": {"silent_seconds": process.silence}})
         process.kill()
 
@@ -225,22 +230,29 @@ class EmbeddedEngine:
         return await self._encode(list(messages))
 
     async def _encode(self, prompt: Any) -> tuple[int, ...]:
-        from jinja2 import TemplateError
-
         loop = asyncio.get_running_loop()
         try:
             ids = await loop.run_in_executor(self._encoder, prompt_ids, prompt, self._tokenizer)
-        except (TemplateError, TypeError, LookupError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a template is a program, which may fail in any way
             raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
         return tuple(ids)
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Answer, None]:
         answers = self._submit(request)
-        began = time.monotonic()
+        began, limit = time.monotonic(), request.seconds
         writer = _Writer(request, self._tokenizer, self._vocabulary)
         try:
             while not writer.finished:
-                yield writer.answer(await _next(answers, request.seconds, began))
+                left = None if limit is None else began + limit - time.monotonic()
+                try:
+                    # not wait_for, which in Python 3.11 may swallow the cancellation of a request
+                    async with asyncio.timeout(left):
+                        events = await _next(answers)
+                except TimeoutError:
+                    raise TimeLimit(f"the request took longer than {limit:g} seconds") from None
+                yield writer.answer(events)
             self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
         finally:
             del self._answers[request.id]
@@ -276,19 +288,24 @@ class EmbeddedEngine:
                 self._answers[id].put_nowait({"refused": why})
 
 
-async def _next(
-    answers: asyncio.Queue[Message | EngineError], seconds: float | None, began: float
-) -> list[Message]:
+@asynccontextmanager
+async def _ended_if_unused(process: EngineProcess) -> AsyncGenerator[None, None]:
+    """End a process again that does not get ready, or that nobody waits for any more."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        await process.end()
+        raise
+
+
+async def _next(answers: asyncio.Queue[Message | EngineError]) -> list[Message]:
     """The events that came, at least one.
 
     Raises:
-        TimeLimit, Failed, ValueError: no answer will come.
+        Failed, ValueError: no answer will come.
     """
-    left = None if seconds is None else began + seconds - time.monotonic()
-    try:
-        found = [await asyncio.wait_for(answers.get(), left)]
-    except TimeoutError:
-        raise TimeLimit(f"the request took longer than {seconds:g} seconds") from None
+    found = [await answers.get()]
     while not answers.empty():
         found.append(answers.get_nowait())
     events = []
@@ -337,6 +354,8 @@ class _Writer:
             finish_reason=reason,
             cached_tokens=events[0].get("cached_tokens", 0),
             active=events[-1].get("active"),
+            queue_seconds=events[0].get("queue_seconds"),
+            prefill_seconds=events[0].get("prefill_seconds"),
         )
 
     def _report(self, score: Message) -> TokenReport:

@@ -122,6 +122,8 @@ class Answer:
         cached_tokens: of the prompt that were not computed again; in the first answer.
         active: share of the linears' inputs that counted, in the last answer, at a level that
             skips some.
+        queue_seconds: until its first token of the prompt was computed; prefill_seconds: from there
+            to its first answer, where both are.
     """
 
     text: str
@@ -131,6 +133,8 @@ class Answer:
     finish_reason: str | None = None
     cached_tokens: int = 0
     active: float | None = None
+    queue_seconds: float | None = None
+    prefill_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,19 @@ class Metrics:
         self.end_to_end = self._histogram(
             "e2e_request_latency_seconds", "Until a sequence's end.", _LONG_SECONDS
         )
+        self.queue = self._histogram(
+            "request_queue_time_seconds", "A sequence's time in the queue.", _LONG_SECONDS
+        )
+        self.prefill = self._histogram(
+            "request_prefill_time_seconds",
+            "From the first token of a sequence's prompt to its first answer.",
+            _LONG_SECONDS,
+        )
+        self.decode = self._histogram(
+            "request_decode_time_seconds",
+            "From a sequence's first token to its end.",
+            _LONG_SECONDS,
+        )
         self.prompt_length = self._histogram(
             "request_prompt_tokens", "Length of a prompt.", _TOKENS
         )
@@ -154,6 +167,12 @@ class Meter:
             if index % self._n == 0:  # as prompt_tokens, where a prompt counts once
                 self._record.cached_tokens += answer.cached_tokens
             self._metrics.prompt_tokens.labels(self._model).inc(self._prompt_tokens[index])
+        for histogram, seconds in (
+            (self._metrics.queue, answer.queue_seconds),
+            (self._metrics.prefill, answer.prefill_seconds),
+        ):
+            if seconds is not None:
+                histogram.labels(self._model).observe(seconds)
         if answer.tokens:
             self._drew(index, answer.tokens, now)
         if answer.finish_reason is not None:
@@ -183,6 +202,8 @@ class Meter:
         metrics.end_to_end.labels(self._model).observe(now - record.started)
         metrics.prompt_length.labels(self._model).observe(self._prompt_tokens[index])
         metrics.generation_length.labels(self._model).observe(tokens)
+        if tokens:
+            metrics.decode.labels(self._model).observe(now - self._first[index])
         if tokens > 1:
             mean = (self._last[index] - self._first[index]) / (tokens - 1)
             metrics.per_token.labels(self._model).observe(mean)

@@ -16,6 +16,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
+        self._added = frozenset(tokenizer.added_tokens_decoder)
         self._kinds = _decoder_kinds(tokenizer)
         self._spelled: dict[int, tuple[str, tuple[int, ...] | None]] = {}
 
@@ -31,10 +32,17 @@ class Vocabulary:
             return "", ()
         if token in self._special:
             return piece, None
-        raw = self._bytes(piece)
+        # an added token is spelled as its text is
+        raw = piece.encode() if token in self._added else self._bytes(piece)
         if raw is None:
-            raw = self._tokenizer.decode([token]).encode()
+            raw = self._behind_itself(token).encode()
         return raw.decode(errors="replace"), tuple(raw)
+
+    def _behind_itself(self, token: int) -> str:
+        """Its text inside of one: what begins a text often has no space in front."""
+        once: str = self._tokenizer.decode([token])
+        twice: str = self._tokenizer.decode([token, token])
+        return twice[len(once) :]
 
     def _bytes(self, piece: str) -> bytes | None:
         """By the rules of the tokenizer's decoder; None where it has others than these two."""

@@ -16,6 +16,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,11 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    with suppress(ConnectionError):  # the server is gone: there is nobody to tell
+        _work(connection, inbox)
+
+
+def _work(connection: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
     config = inbox.get()
     connection.sendall(pack({"loading": {}}))
     try:
@@ -57,9 +64,10 @@ def _end_with_parent() -> None:
 
 
 def _receive(connection: socket.socket, inbox: queue.SimpleQueue[Message]) -> None:
-    for message in messages(connection):
-        inbox.put(message)
-    os._exit(0)  # the server is gone: there is nobody to tell
+    with suppress(ConnectionError):  # it ended with something unread
+        for message in messages(connection):
+            inbox.put(message)
+    os._exit(0)
 
 
 class Worker:
@@ -69,27 +77,35 @@ class Worker:
         self, config: Message, connection: socket.socket, inbox: queue.SimpleQueue[Message]
     ) -> None:
         import torch
+        from transformers.utils import logging
 
         import prune_llm
+        from prune_llm.admission import admit, one_line
         from prune_llm.batching import Batcher
         from prune_llm.generation import end_ids, load_tokenizer
         from prune_llm.runners import new_runner
-        from prune_llm.sampling import model_defaults
+        from prune_llm.sampling import SamplingParams, model_defaults
 
         if config["threads"] is not None:
             torch.set_num_threads(config["threads"])
         self._connection, self._inbox = connection, inbox
+        self._timers: dict[str, Timer] = {}
+        logging.disable_progress_bar()  # the server's log is lines of JSON
         trust = config["trust_remote_code"]
-        model = prune_llm.load(config["model"], trust_remote_code=trust)
-        tokenizer = load_tokenizer(model, trust)
-        runner = new_runner(model, _limits(config, model))
+        directory = admit(config["model"], trust)
+        with one_line(directory):
+            model = prune_llm.load(directory, trust_remote_code=trust, use_safetensors=True)
+            tokenizer = load_tokenizer(model, trust)
+            sampling, ends = model_defaults(model.generation_config), end_ids(model)
+            SamplingParams(**sampling)  # refuses what no request could be answered with
+            runner = new_runner(model, _limits(config, model))
         if config["default_level"] not in runner.levels:
             known = ", ".join(runner.levels)
             raise ValueError(
                 f"default_level {config['default_level']!r}: does not exist; this model has {known}"
             )
         _warm_up(runner)
-        self._batcher = Batcher(runner, end_ids(model))
+        self._batcher = Batcher(runner, ends)
         holds = runner.pages * runner.limits.page_size
         info = {
             "directory": str(model.config.name_or_path),
@@ -97,7 +113,7 @@ class Worker:
             "context": min(runner.context, holds),
             "vocabulary": min(runner.vocabulary, len(tokenizer)),
             "levels": list(runner.levels),
-            "sampling": model_defaults(model.generation_config),
+            "sampling": sampling,
             "details": {
                 "engine": runner.name,
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -115,8 +131,17 @@ class Worker:
         """Step after step, for ever."""
         while True:
             self._take()
+            began = time.monotonic()
             events = self._batcher.step()
-            self._send({"events": [_lean(event) for event in events], "status": self._status()})
+            for id in self._batcher.joined:
+                self._timers[id].joined = began
+            told = [{**_lean(event), **self._times(event)} for event in events]
+            self._send({"events": told, "status": self._status()})
+
+    def _times(self, event: SequenceEvent) -> Message:
+        """What its first event says of the time it took."""
+        timer = self._timers.pop(event.id, None)
+        return {} if timer is None else timer.times()
 
     def _take(self) -> None:
         """What came since the last step; waits while there is nothing to run."""
@@ -134,10 +159,12 @@ class Worker:
     def _handle(self, message: Message) -> None:
         if "cancel" in message:
             self._batcher.cancel(message["cancel"])
+            self._timers.pop(message["cancel"], None)
             return
         fields = message["add"]
         try:
             self._batcher.add(_request(fields))
+            self._timers[fields["id"]] = Timer()
         except ValueError as error:
             self._send({"refused": [fields["id"], str(error)]})
 
@@ -146,6 +173,18 @@ class Worker:
 
     def _send(self, message: Message) -> None:
         self._connection.sendall(pack(message))
+
+
+class Timer:
+    """When a sequence came and first ran."""
+
+    def __init__(self) -> None:
+        self._came = self.joined = time.monotonic()
+
+    def times(self) -> Message:
+        """Of a sequence whose prompt was finished just now."""
+        now = time.monotonic()
+        return {"queue_seconds": self.joined - self._came, "prefill_seconds": now - self.joined}
 
 
 def _limits(config: Message, model: Any) -> BatchLimits:

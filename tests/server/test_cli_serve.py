@@ -32,6 +32,8 @@ class EngineConfig:
     default_level: str | None = None
     threads: int | None = None
     trust_remote_code: bool = False
+    stuck_seconds: float = 0.0
+    max_restarts: int = 0
 
 class EmbeddedEngine(FakeEngine):
     configs = []
@@ -87,10 +89,13 @@ def test_options_reach_the_engine(cli: Any, embedded: Any) -> None:
     cli(
         "serve", "missing", "--port", "0", "--served-model-name", "name", "--max-rows", "8",
         "--chunk-tokens", "64", "--kv-cache-gb", "1.5", "--max-queue", "9", "--default-level",
-        "40%", "--no-levels", "--threads", "2", "--trust-remote-code",
+        "40%", "--no-levels", "--threads", "2", "--trust-remote-code", "--stuck-seconds", "2.5",
+        "--max-restarts", "0",
     )  # fmt: skip
     assert embedded.EmbeddedEngine.configs == [
-        embedded.EngineConfig("missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True)
+        embedded.EngineConfig(
+            "missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True, 2.5, 0
+        )
     ]
 
 
