@@ -61,7 +61,9 @@ def _decoder_kinds(tokenizer: Any) -> frozenset[str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return frozenset()
-    decoder = json.loads(backend.to_str())["decoder"] or {}
+    decoder = json.loads(backend.to_str())["decoder"]
+    if decoder is None:
+        return frozenset()
     return frozenset(step["type"] for step in [decoder, *decoder.get("decoders", [])])
 
 

@@ -117,6 +117,20 @@ def test_special_and_added_tokens() -> None:
     assert vocabulary.spell(len(tokenizer) + 5) == ("", ())
 
 
+def test_a_tokenizer_without_a_decoder() -> None:
+    """Which is legal, and joins the pieces as they are."""
+
+    def bare() -> Any:
+        made = word_piece()
+        made.decoder = None
+        return made
+
+    tokenizer = loaded(bare)
+    fox = tokenizer.convert_tokens_to_ids("fox")
+    text, raw = Vocabulary(tokenizer).spell(fox)
+    assert text.strip() == "fox" and raw == tuple(text.encode())
+
+
 def test_other_tokenizers_by_what_they_decode() -> None:
     tokenizer = loaded(word_piece)
     ids = tokenizer("the fox jumps over", add_special_tokens=False).input_ids
