@@ -200,14 +200,26 @@ def _limits(config: Message, model: Any) -> BatchLimits:
 
 
 def _affordable(token_bytes: int, model: Any, limits: BatchLimits) -> int:
-    """For every sequence at the model's full context, but no more than the system can spare."""
-    import psutil
-
+    """For every sequence at the model's full context, but no more than there is to spare."""
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or _CONTEXT
-    spare = int(psutil.virtual_memory().available * _SHARE_OF_MEMORY)
+    spare = int(_free_memory() * _SHARE_OF_MEMORY)
     # a page more for each: the last is seldom full
     return min(spare, limits.max_rows * (context + limits.page_size) * token_bytes)
+
+
+def _free_memory() -> int:
+    """Bytes that the system still has, or the container where that has less."""
+    import psutil
+
+    free: int = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")  # a container sees its own as the root of version 2
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - used))
 
 
 def _warm_up(runner: Runner) -> None:
