@@ -5,6 +5,7 @@
 #   docker/check.sh [--target cpu] [--build-arg NAME=VALUE] [--secret id=pip,src=FILE] ...
 #
 # MIRROR: of Debian's packages. BASE: where the clean root is, or is put to be used again.
+# KEEP=1: leaves the roots of the stages where they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "docker/check.sh: run it as root, which chroot needs" >&2; exit 2; }
@@ -13,7 +14,7 @@ command -v debootstrap unshare >/dev/null ||
 
 # every mount is made in a namespace that ends with its command: nothing is left to unmount
 work=$(mktemp -d)
-trap 'rm -rf --one-file-system "$work"' EXIT
+[ "${KEEP:-}" = 1 ] || trap 'rm -rf --one-file-system "$work"' EXIT
 base=${BASE:-$work/base}
 if [ ! -e "$base/usr/local/bin/python" ]; then
   echo "debootstrap, the stand-in for python:3.11-slim-bookworm"
