@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # of the samples, at least one, held out of the training
 HELD_OUT = 1 / 12
 # how often the held-out loss is measured, and how many times in a row it may fail to improve
-CHECKS, PATIENCE = 8, 3
+CHECKS, PATIENCE = 8, 4
 # share of the budget in which the rate rises to its full value
 WARM_UP = 0.05
 BETAS = (0.9, 0.95)
