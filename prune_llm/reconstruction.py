@@ -9,7 +9,11 @@ step, in float32.
 
 `CHECKS` times in its budget the weights are rounded as they will be stored, and their loss is
 measured on samples that are not trained on. The best so far are what the block gets in the end; the
-solver's own weights are the first of them, so that no block ends worse than it began.
+solver's own weights are the first of them, so that no block ends worse than it began. (The solver
+has seen the held-out samples, the training has not: the comparison leans to the solver's side.)
+
+In memory at once, beside the activations: the block in float32, its gradients and Adam's two
+moments (16 bytes a weight); as stored, the block as it was, the best weights and those in question.
 """
 
 from __future__ import annotations
@@ -121,12 +125,13 @@ def train(
     some = trained_on[:: len(trained_on) // len(held_out)][: len(held_out)]
     run = _Run(parameters, dtypes, goal, training)
     first = run.candidate(held_out)
-    trained_before = run.loss_of(first.weights, some)
+    before, trained_before = first.loss, run.loss_of(first.weights, some)
     best, ended = run.train(trained_on, held_out, first, tick)
+    del first  # its weights, where there are better ones
     result = BlockReconstruction(
         name=name,
         goal=goal.name,
-        before=first.loss,
+        before=before,
         after=best.loss,
         trained_before=trained_before,
         trained_after=run.loss_of(best.weights, some),
@@ -198,6 +203,7 @@ class _Run:
                 return False
             optimizer.step()
             self.steps += 1
+        optimizer.zero_grad(set_to_none=True)
         return True
 
     def _spent(self) -> float:
