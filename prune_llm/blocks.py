@@ -4,7 +4,8 @@ Calibration activations flow through the blocks as the caller left them, so ever
 calibrated on what the pruned model will really feed it. Only one block holds weights at a time.
 With ``dense_target`` a second stream flows through the blocks as they were: the dense model's. A
 block is then run once for each of its sites, after the sites before it were pruned, and holds its
-dense weights beside the pruned ones.
+dense weights beside the pruned ones. What is trained towards the dense model (``goal``) needs that
+stream too, or the one behind its last block.
 Shape letters: S = samples, T = tokens of one sample, D = hidden size.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,12 @@ class Stream:
     batches: list[Tensor]
     calls: dict[int, list[Call]] = field(default_factory=dict)
 
+    def sample(self, number: int) -> Tensor:
+        """The hidden states of one sample [1, T, D]; batches but the last are of one size."""
+        size = len(self.batches[0])
+        row = number % size
+        return self.batches[number // size][row : row + 1]
+
 
 class Walk:
     """Iterate over the decoder blocks of a checkpoint.
@@ -85,7 +92,9 @@ class Walk:
             methods that need no data.
         select: which linears of a block are to be pruned.
         tick: told after every batch: the block's index and what is being done.
-        dense_target: keep the dense model's stream as well.
+        dense_target: keep the dense model's stream as well, and measure sites against it.
+        goal: of the reconstruction: "block" keeps the dense model's stream, "logits" that behind
+            its last block (`final`) and the head; "none".
     """
 
     def __init__(
@@ -100,8 +109,9 @@ class Walk:
         batch_size: int,
         tick: Tick,
         dense_target: bool = False,
+        goal: str = "none",
     ) -> None:
-        self._dense_target = dense_target
+        self.dense_target, self.goal = dense_target, goal
         self.architecture, self.checkpoint = architecture, checkpoint
         self.device, self.dtype = device, dtype
         self._select, self._tick = select, tick
@@ -110,13 +120,18 @@ class Walk:
         self.adding: dict[tuple[str, ...], bool] = {}  # see `sites.stages_of`
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
+        self.final: Stream | None = None
+        self._rest: tuple[Any, ...] | None = None  # what blocks return behind the hidden states
 
     def __iter__(self) -> Iterator[Block]:
         blocks = self.architecture.blocks
         stream = self._start() if self._batches else None
         dense = None
-        if stream is not None and self._dense_target:
+        if stream is not None and (self.dense_target or self.goal == "block"):
             dense = Stream(list(stream.batches), stream.calls)
+        if stream is not None and self.goal == "logits":
+            self.final = self._run_dense(stream)
+            self._hold_head()
         for index in range(len(blocks)):
             self.load(index)
             if stream is not None:
@@ -168,6 +183,8 @@ class Walk:
         for batch, hidden_STD in zip(self._batches, stream.batches, strict=True):
             if len(batch) not in stream.calls:
                 stream.calls[len(batch)] = self._record(batch, hidden_STD)
+        if self.goal != "none" and 1 not in stream.calls:
+            stream.calls[1] = self._record(self._batches[0][:1], stream.batches[0][:1])
         for name in outside:
             _empty_parameters(self.architecture.model.get_submodule(name.rpartition(".")[0]))
         trim_heap()
@@ -196,9 +213,9 @@ class Walk:
         """
         _, first = self._first_call(ids_ST)
         answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
-        rest = answer[1:] if isinstance(answer, tuple) else None
-        calls = self._pass_through(ids_ST, rest)
-        again = self._pass_through(ids_ST.flip(1), rest)
+        self._rest = answer[1:] if isinstance(answer, tuple) else None
+        calls = self._pass_through(ids_ST)
+        again = self._pass_through(ids_ST.flip(1))
         for index, (one, other) in enumerate(zip(calls, again, strict=True)):
             if not _same(one, other):
                 raise ValueError(
@@ -207,29 +224,62 @@ class Walk:
                 )
         return calls
 
-    def _pass_through(self, ids_ST: Tensor, rest: tuple[Any, ...] | None) -> list[Call]:
+    def _pass_through(self, ids_ST: Tensor) -> list[Call]:
         calls: list[Call] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
             hidden_STD, call = _split_call(args, kwargs)
             calls.append(call)
-            return hidden_STD if rest is None else (hidden_STD, *rest)
+            return hidden_STD if self._rest is None else (hidden_STD, *self._rest)
 
         self._run_base(ids_ST, [note] * len(self.architecture.blocks))
         return calls
 
     def _run_base(self, ids_ST: Tensor, forwards: list[Callable[..., Any]]) -> None:
         """Run the base model with the forward of its first blocks replaced."""
+        with suppress(_Captured):
+            self._run_model(self.architecture.model.base_model, ids_ST, forwards)
+
+    def _run_model(self, model: Any, ids_ST: Tensor, forwards: list[Callable[..., Any]]) -> Any:
         blocks = list(self.architecture.blocks)[: len(forwards)]
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         try:
-            self.architecture.model.base_model(input_ids=ids_ST.to(self.device), use_cache=False)
-        except _Captured:
-            pass
+            return model(input_ids=ids_ST.to(self.device), use_cache=False)
         finally:
             for block in blocks:
                 del block.forward
+
+    @torch.no_grad()
+    def _run_dense(self, start: Stream) -> Stream:
+        """The dense model's stream behind its last block."""
+        stream = Stream(list(start.batches), start.calls)
+        for index in range(len(self.architecture.blocks)):
+            self.load(index)
+            for number, batch in enumerate(stream.batches):
+                call = stream.calls[len(batch)][index]
+                output = self.run(index, batch.to(self.device), call)
+                stream.batches[number] = hidden_of(output).cpu()
+            self.release(index)
+            self.tick(index, "running the dense model")
+        return stream
+
+    def _hold_head(self) -> None:
+        """Read what lies outside the blocks, the output head too, for `predict`."""
+        prefix = self.architecture.blocks_name + "."
+        names = [n for n in self.architecture.model.state_dict() if not n.startswith(prefix)]
+        self._fill(names)
+
+    def predict(self, hidden_STD: Tensor) -> Tensor:
+        """Logits [S, T, V] of hidden states behind the last block; for the goal "logits"."""
+
+        def give(*_args: Any, **_kwargs: Any) -> Any:
+            return hidden_STD if self._rest is None else (hidden_STD, *self._rest)
+
+        ids_ST = torch.zeros(hidden_STD.shape[:2], dtype=torch.int64)
+        forwards = [give] * len(self.architecture.blocks)
+        logits: Tensor = self._run_model(self.architecture.model, ids_ST, forwards).logits
+        return logits
 
     # -- which linears share an input ---------------------------------------------------------
 
@@ -299,8 +349,10 @@ class Block:
         self.name = walk.architecture.block_name(index)
         self.linears = linears
         self._walk, self._stream, self._dense = walk, stream, dense
-        self._module = walk.architecture.blocks[index]
+        self.module = walk.architecture.blocks[index]
         self._dense_weights = [] if dense is None else [linear.module.weight for linear in linears]
+        self._staged = dense is not None and walk.dense_target
+        self._ahead = False  # whether the dense stream is behind this block already
         self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
 
     def weight_OI(self, linear: Linear) -> Tensor:
@@ -322,7 +374,7 @@ class Block:
         With a dense target a site is measured when the sites before it have been assigned, so that
         it can undo what they broke.
         """
-        stages = [None] if self._dense is None else self._stages()
+        stages = self._stages() if self._staged else [None]
         self._passes = len(stages)
         for stage in stages:
             collected = self.collect(needs, stage)
@@ -330,7 +382,7 @@ class Block:
                 yield site, collected.pop(site)
 
     def _stages(self) -> list[Stage]:
-        return stages_of(self._sites(), lambda: _hidden(self._first_batch()), self._walk.adding)
+        return stages_of(self._sites(), lambda: hidden_of(self._first_batch()), self._walk.adding)
 
     @torch.no_grad()
     def collect(
@@ -340,7 +392,7 @@ class Block:
         if self._stream is None:
             return {Site((linear,)): None for linear in self.linears}
         sites = self._sites() if stage is None else stage.sites
-        device, dense = self._walk.device, self._dense is not None
+        device, dense = self._walk.device, self._staged
         statistics = {site: InputStatistics(site.width, device, needs, dense) for site in sites}
         for number in range(len(self._stream.batches)):
             if stage is None:
@@ -373,7 +425,7 @@ class Block:
     ) -> None:
         """One batch through the dense block, then through the block as it is now."""
         assert self._stream is not None and self._dense is not None
-        with Routing(self._module).watched() as routing, silenced(stage.silent):
+        with Routing(self.module).watched() as routing, silenced(stage.silent):
             with self._as_dense():
                 dense, dense_rest = self._reads(self._dense, number, stage, routing)
             ours, rest = self._reads(self._stream, number, stage, routing)
@@ -396,7 +448,7 @@ class Block:
             reads[site] = routing.read(site.linears[0].kind, x.clone(), tokens)
 
         output = self._visit(stream, number, stage.sites, keep, to_the_end=bool(stage.silent))
-        return reads, _hidden(output) if stage.silent else None
+        return reads, hidden_of(output) if stage.silent else None
 
     def _visit(
         self,
@@ -451,13 +503,33 @@ class Block:
         assert self._stream is not None
         for number in range(len(self._stream.batches)):
             self._advance(number, self._stream)
-            if self._dense is not None:
+            if self._dense is not None and not self._ahead:
                 with self._as_dense():
                     self._advance(number, self._dense)
             self._walk.tick(self.index, "running the pruned block")
 
+    @property
+    def walk(self) -> Walk:
+        return self._walk
+
+    @property
+    def stream(self) -> Stream:
+        """What the pruned model feeds the block."""
+        assert self._stream is not None
+        return self._stream
+
+    @torch.no_grad()
+    def dense_outputs(self) -> Stream:
+        """The dense stream, moved behind this block before `propagate` does."""
+        assert self._dense is not None and not self._ahead
+        with self._as_dense():
+            for number in range(len(self._dense.batches)):
+                self._advance(number, self._dense)
+        self._ahead = True
+        return self._dense
+
     def _advance(self, number: int, stream: Stream) -> None:
-        stream.batches[number] = _hidden(self._run(number, stream)).cpu()
+        stream.batches[number] = hidden_of(self._run(number, stream)).cpu()
 
     def _run(self, number: int, stream: Stream) -> Any:
         hidden_STD = stream.batches[number].to(self._walk.device)
@@ -472,7 +544,7 @@ class Block:
         self._dense_weights.clear()
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

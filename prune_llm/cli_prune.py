@@ -52,6 +52,14 @@ PRUNE_OPTIONS = (
         "target",
         help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.",
     ),
+    option(
+        "reconstruction",
+        help="Train the kept weights of each block towards the dense block's output (block) or the "
+        "dense model's predictions (logits): best, slowest.",
+    ),
+    option("reconstruction_steps", type=int, help="Training steps a block.  [default: 400]"),
+    option("reconstruction_minutes", type=float, help="Training time of the whole run at most."),
+    option("reconstruction_rate", type=float, help="Highest step, as a share of a weight's size."),
     option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]"),
     click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'."),
 )

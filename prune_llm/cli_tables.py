@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prune_llm.reconstruction import BlockReconstruction
 from prune_llm.report import KindResult, PruneReport
 
 if TYPE_CHECKING:
@@ -58,11 +59,25 @@ def print_prune_report(console: Console, report: PruneReport) -> None:
             "error: ||(W - W') X||² / ||W X||² on calibration tokens, mean of the linears",
             soft_wrap=True,
         )
+    if report.reconstruction:
+        _print_reconstruction(console, report.reconstruction)
     if report.config["format"] == "dense":
         console.print("zeros are stored as zeros (format dense), so the file keeps its size")
     for warning in report.warnings:
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     console.print(f"wrote [bold]{report.output}[/]", soft_wrap=True)
+
+
+def _print_reconstruction(console: Console, blocks: list[BlockReconstruction]) -> None:
+    last, better = blocks[-1], sum(block.after < block.before for block in blocks)
+    console.print(
+        f"reconstructed towards the dense {'block' if last.goal == 'block' else 'predictions'}: "
+        f"{better} of {len(blocks)} blocks better on held-out samples, loss of the last one "
+        f"{last.before:.4g} -> {last.after:.4g} ({last.trained_after:.4g} on samples it was "
+        f"trained on), {sum(block.seconds for block in blocks):.0f} s; the errors above are from "
+        "before it",
+        soft_wrap=True,
+    )
 
 
 def print_search(console: Console, search: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
 from prune_llm.prune_block import prune_block
+from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import disable_tf32
@@ -43,6 +44,7 @@ from prune_llm.windows import calibration_warnings, describe, draw_calibration, 
 
 FORMATS = ("dense", "sparse")
 TARGETS = ("pruned", "dense")
+GOALS = ("none", "block", "logits")
 # of a SparsifyConfig beside a PruneConfig: what both read the same
 LEVELS_SHARE = ("calibration", "separator", "seq_len", "seed", "device", "dtype")
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
@@ -72,6 +74,12 @@ class PruneConfig:
             pruned model's inputs, or "dense", that of the dense model (see `dense_target`). The
             dense model's activations are then kept beside the pruned one's, and a block's dense
             weights beside its pruned ones; the method prunes weights re-solved for the target.
+        reconstruction: what the kept weights of a block are trained towards once its linears are
+            solved (see `reconstruction`): "none", the dense "block"'s output, or the dense model's
+            predictions ("logits").
+        reconstruction_steps: at most so many for each block (None: 400, or as many as the minutes
+            allow); reconstruction_minutes: of training in the whole run, the same for each block.
+        reconstruction_rate: highest step of a weight, as a share of its matrix's root mean square.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
@@ -90,6 +98,10 @@ class PruneConfig:
     damping: float = 0.01
     column_block: int = 128
     target: str = "pruned"
+    reconstruction: str = "none"
+    reconstruction_steps: int | None = None
+    reconstruction_minutes: float | None = None
+    reconstruction_rate: float = 0.03
     batch_size: int | None = None
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
@@ -98,6 +110,8 @@ class PruneConfig:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("format", self.format, FORMATS)
         _check_choice("target", self.target, TARGETS)
+        _check_choice("reconstruction", self.reconstruction, GOALS)
+        self._check_reconstruction()
         _check_choice("dtype", self.dtype, ("auto", *arch.RUN_DTYPES))
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)
@@ -109,6 +123,19 @@ class PruneConfig:
                 raise ValueError(f"{name} {value}: must be at least 1")
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 10):
             raise ValueError(f"damping {self.damping}: must be in [0, 10]; 0.01 is usual")
+
+    def _check_reconstruction(self) -> None:
+        for name in ("reconstruction_steps", "reconstruction_minutes", "reconstruction_rate"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} {value}: must be above 0")
+            if self.reconstruction == "none" and name != "reconstruction_rate":
+                raise ValueError(
+                    f"{name} {value}: nothing is reconstructed; give --reconstruction as well, "
+                    f"{' or '.join(GOALS[1:])}"
+                )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -286,6 +313,7 @@ class Job:
     on_progress: OnProgress | None
     hashing: Hashing
     linears: list[LinearResult] = field(default_factory=list)
+    reconstruction: list[BlockReconstruction] = field(default_factory=list)
     parts: dict[str, StoredTensor] = field(default_factory=dict)
     writer: SparseWriter | None = None
     warnings: list[str] = field(default_factory=list)
@@ -308,6 +336,9 @@ class Job:
         _check_ignore(architecture, config.ignore)
         if calibration is None:
             calibration = draw_calibration(config, checkpoint, architecture)
+        if config.reconstruction != "none":
+            assert calibration is not None, "reconstruction without calibration samples"
+            split_samples(len(calibration.samples_ST))  # refuses too few before any work
         # beside the pruning: to read and hash the model takes as long as a block or two
         hashing = Hashing(checkpoint)
         job = cls(
@@ -328,6 +359,7 @@ class Job:
             batch_size=self.batch_size,
             tick=self.tick,
             dense_target=self.config.target == "dense",
+            goal=self.config.reconstruction,
         )
 
     @property
@@ -346,12 +378,16 @@ class Job:
             self.on_progress(Progress(self.done, self._ticks(), block, blocks, phase))
 
     def _ticks(self) -> int:
-        """Batches run over the whole job: calibrate and propagate each block, but not the last."""
+        """Batches run over the whole job: calibrate and propagate each block, but not the last.
+
+        Beside them the checks of the reconstruction, and blocks of the dense model.
+        """
         blocks = len(self.architecture.blocks)
         if self.calibration is None:
             return blocks
         samples = len(self.calibration.samples_ST)
-        return blocks + (2 * blocks - 1) * -(-samples // self.batch_size)
+        extra = {"none": 0, "block": CHECKS, "logits": CHECKS + 1}[self.config.reconstruction]
+        return blocks * (1 + extra) + (2 * blocks - 1) * -(-samples // self.batch_size)
 
     def report(self, output: str, seconds: float) -> PruneReport:
         if not self.linears:
@@ -368,6 +404,7 @@ class Job:
             calibration=describe(self.calibration),
             environment=environment(self.device, self.dtype),
             linears=self.linears,
+            reconstruction=self.reconstruction,
             bytes_before=self.checkpoint.nbytes,
             bytes_after=sum(result.bytes_after for result in self.linears)
             + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),

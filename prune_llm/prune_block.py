@@ -15,6 +15,7 @@ from prune_llm.checkpoint import DTYPES, save_part
 from prune_llm.dense_target import aimed_at_dense
 from prune_llm.masks import Pattern, Scope, check_keep_mask
 from prune_llm.methods import METHODS, Method, Problem, Solution
+from prune_llm.reconstruct_block import reconstruct_block
 from prune_llm.report import LinearResult
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm.windows import needs
@@ -59,6 +60,8 @@ def prune_block(job: Job, block: Block, directory: Path) -> None:
                 )
             )
             job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
+    if job.config.reconstruction != "none":
+        reconstruct_block(job, block, tensors)
     if tensors:
         _save(job, block.index, tensors, directory)
     job.tick(block.index, "pruned")

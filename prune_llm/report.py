@@ -17,6 +17,7 @@ from prune_llm.architecture import Linear
 from prune_llm.experts import without_index
 from prune_llm.masks import Pattern
 from prune_llm.methods import Solution
+from prune_llm.reconstruction import BlockReconstruction
 from prune_llm.statistics import LayerError
 from prune_llm_kernels import tokens
 
@@ -112,6 +113,8 @@ class PruneReport:
             where the sparsity was given (`pruning_level.prune_within`).
         levels: of activation sparsity, where some were asked for; saved by name here, and whole in
             activation_report.json.
+        reconstruction: of each block, where blocks were reconstructed; ``linears`` then tell the
+            error that their solver left.
     """
 
     model: str
@@ -129,6 +132,7 @@ class PruneReport:
     verification: dict[str, int] = field(default_factory=dict)
     search: dict[str, Any] | None = None
     levels: SparsifyReport | None = None
+    reconstruction: list[BlockReconstruction] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:

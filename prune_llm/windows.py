@@ -103,7 +103,8 @@ def draw_windows(
 
 
 def _needs_no_text(config: PruneConfig) -> bool:
-    return config.calibration is None and needs(config) == Needs.NOTHING
+    without = needs(config) == Needs.NOTHING and config.reconstruction == "none"
+    return config.calibration is None and without
 
 
 def _source(config: PruneConfig, architecture: arch.Architecture) -> Source:

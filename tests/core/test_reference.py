@@ -115,6 +115,32 @@ def test_dense_target(
     assert value == pytest.approx(expected, rel=0.01)
 
 
+# steps a block, goal, perplexity at 50 % after `sparsegpt --target dense` (9.01), 48 samples
+RECONSTRUCTED = [("block", 60, 6.55), ("logits", 24, 7.045)]
+
+
+@pytest.mark.parametrize(("goal", "steps", "expected"), RECONSTRUCTED)
+def test_reconstruction(
+    goal: str, steps: int, expected: float, reference: Path, windows_ST: Tensor, tmp_path: Path
+) -> None:
+    """A small budget; what larger ones reach is in reconstruction_epyc_2026-11-21.md."""
+    config = PruneConfig(
+        calibration=str(reference / "text" / "stories_calib.txt"),
+        separator=SEPARATOR,
+        samples=48,
+        seq_len=512,
+        sampling="first",
+        device="cpu",
+        format="dense",
+        target="dense",
+        reconstruction=goal,
+        reconstruction_steps=steps,
+    )
+    report = prune(reference / "stories260k", config, tmp_path / "out")
+    assert all(block.after < block.before for block in report.reconstruction)
+    assert perplexity(tmp_path / "out", windows_ST) < 1.02 * expected
+
+
 @pytest.fixture
 def peer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count as the published code does: Wanda floors each row, SparseGPT prunes k + 1 a block."""
