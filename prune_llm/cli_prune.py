@@ -20,6 +20,7 @@ from prune_llm.cli_tables import print_prune_report, print_search
 from prune_llm.methods import METHODS
 from prune_llm.prune import FORMATS, TARGETS, PruneConfig, prune
 from prune_llm.pruning_level import Try, prune_within
+from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import PruneReport
 
 DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
@@ -51,6 +52,10 @@ PRUNE_OPTIONS = (
     option(
         "target",
         help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.",
+    ),
+    option(
+        "refine",
+        help=f"Improve any method's result: {', '.join(REFINEMENTS)} (of mask, of weights).",
     ),
     option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]"),
     click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'."),

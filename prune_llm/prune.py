@@ -35,6 +35,7 @@ from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
 from prune_llm.prune_block import prune_block
+from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import disable_tf32
@@ -72,6 +73,8 @@ class PruneConfig:
             pruned model's inputs, or "dense", that of the dense model (see `dense_target`). The
             dense model's activations are then kept beside the pruned one's, and a block's dense
             weights beside its pruned ones; the method prunes weights re-solved for the target.
+        refine: what is done to a method's result on the Gram matrix (see `refinement`): "none",
+            "swaps" in its mask, "backsolve" of its weights, or "both".
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
@@ -90,6 +93,7 @@ class PruneConfig:
     damping: float = 0.01
     column_block: int = 128
     target: str = "pruned"
+    refine: str = "none"
     batch_size: int | None = None
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
@@ -98,6 +102,7 @@ class PruneConfig:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("format", self.format, FORMATS)
         _check_choice("target", self.target, TARGETS)
+        _check_choice("refine", self.refine, REFINEMENTS)
         _check_choice("dtype", self.dtype, ("auto", *arch.RUN_DTYPES))
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)

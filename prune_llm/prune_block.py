@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,9 @@ from prune_llm.checkpoint import DTYPES, save_part
 from prune_llm.dense_target import aimed_at_dense
 from prune_llm.masks import Pattern, Scope, check_keep_mask
 from prune_llm.methods import METHODS, Method, Problem, Solution
+from prune_llm.refinement import refined
 from prune_llm.report import LinearResult
+from prune_llm.sites import Site
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm.windows import needs
 
@@ -36,8 +39,10 @@ def prune_block(job: Job, block: Block, directory: Path) -> None:
         patterns = (pattern,) * len(weights)
         _check_finite(site.linears, weights)
         aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
-        problem = Problem(aimed, patterns, statistics, job.config.damping, job.config.column_block)
+        problem = _problem(job, block, site, aimed, patterns, statistics)
         solutions = method.solve(problem)
+        if job.config.refine != "none" and statistics is not None and statistics.tokens > 0:
+            solutions = refined(problem, solutions, job.config.refine)
         share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
         for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
             _check_counts(linear, solution, pattern, method.scope)
@@ -74,6 +79,19 @@ def _method(job: Job, name: str, statistics: InputStatistics | None) -> Method:
     return METHODS["magnitude"]
 
 
+def _problem(
+    job: Job,
+    block: Block,
+    site: Site,
+    weights: tuple[Tensor, ...],
+    patterns: tuple[Pattern, ...],
+    statistics: InputStatistics | None,
+) -> Problem:
+    seed = zlib.crc32(f"{job.config.seed} {block.name}.{site.name}".encode())
+    config = job.config
+    return Problem(weights, patterns, statistics, config.damping, config.column_block, seed)
+
+
 def _aimed(
     job: Job, name: str, weights: tuple[Tensor, ...], statistics: InputStatistics | None
 ) -> tuple[Tensor, ...]:
@@ -102,7 +120,7 @@ def _save(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> 
 
 
 def _warn_rank(job: Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
-    if statistics is None or statistics.tokens == 0 or needs < Needs.GRAM:
+    if statistics is None or statistics.tokens == 0 or Needs.GRAM not in needs:
         return
     width = len(statistics.square_sum_I)
     if statistics.tokens < width:

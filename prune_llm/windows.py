@@ -55,8 +55,9 @@ class Windows:
 
 
 def needs(config: PruneConfig) -> Needs:
-    """What calibration collects: for the method, and to aim at the dense model."""
-    return Needs.GRAM if config.target == "dense" else METHODS[config.method].needs
+    """What calibration collects: for the method, to aim at the dense model, and to refine."""
+    gram = config.target == "dense" or config.refine != "none"
+    return METHODS[config.method].needs | (Needs.GRAM if gram else Needs.NOTHING)
 
 
 def draw_calibration(

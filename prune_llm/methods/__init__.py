@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_llm.methods.admm import Admm
 from prune_llm.methods.alps import Alps
+from prune_llm.methods.dsnot import DSnoT
 from prune_llm.methods.magnitude import Magnitude
 from prune_llm.methods.problem import Method as Method
 from prune_llm.methods.problem import Problem as Problem
@@ -18,6 +19,7 @@ METHODS: dict[str, Method] = {
     "wanda": Wanda(),
     "sparsegpt": SparseGPT(),
     "ria": Ria(),
+    "dsnot": DSnoT(),
     "admm": Admm(),
     "alps": Alps(),
     "random": Random(),
