@@ -97,11 +97,7 @@ class _Rows:
         error_R = (lost_RI * slope_RI).sum(dim=1)
         active = torch.arange(len(lost_RI), device=lost_RI.device)
         for _ in range(SWAPS):
-            solved_RI, keep_RI, c_RI = (
-                self.solved_RI[active],
-                self.keep_RI[active],
-                slope_RI[active],
-            )
+            now = self.solved_RI[active], self.keep_RI[active], slope_RI[active]
             best = self._grouped if self.pattern.m else self._anywhere
             change_R, out_R, back_R = best(*now)
             gains_R = change_R < -LEAST_GAIN * error_R[active]
