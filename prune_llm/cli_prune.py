@@ -10,11 +10,12 @@ from typing import Any
 import click
 from rich.console import Console
 
-from prune_llm.activation.allocation import ALLOCATIONS
+from prune_llm.activation.allocation import ALLOCATIONS as LEVEL_ALLOCATIONS
 from prune_llm.activation.levels import CRITERIA
 from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.sparsify import SparsifyConfig
 from prune_llm.activation.texts import LEAST_WINDOWS
+from prune_llm.allocation import ALLOCATIONS
 from prune_llm.cli_sparsify import parse_shares, print_levels
 from prune_llm.cli_tables import print_prune_report, print_search
 from prune_llm.methods import METHODS
@@ -54,6 +55,16 @@ PRUNE_OPTIONS = (
         help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.",
     ),
     option(
+        "allocation",
+        help=f"How linears share the sparsity: {', '.join(ALLOCATIONS)}.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        help="A sparsity or N:M for some linears, such as 'mlp.down_proj=0.6'; not in the rest's.",
+    ),
+    option(
         "refine",
         help=f"Improve any method's result: {', '.join(REFINEMENTS)} (of mask, of weights).",
     ),
@@ -67,7 +78,7 @@ ACTIVATION_OPTIONS = (
     ),
     click.option(
         "--activation-allocation",
-        help=f"How sites share activation sparsity: {', '.join(ALLOCATIONS)}.  [default: greedy]",
+        help=f"How sites share activation sparsity: {', '.join(LEVEL_ALLOCATIONS)}.  [default: greedy]",
     ),
     click.option(
         "--activation-granularity",

@@ -18,6 +18,7 @@ from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import Texts
+from prune_llm.allocation import ALLOCATIONS
 from prune_llm.blocks import Walk
 from prune_llm.calibration import BUNDLED, Calibration, Sampling
 from prune_llm.checkpoint import (
@@ -34,13 +35,20 @@ from prune_llm.checkpoint import (
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
+from prune_llm.plan import Plan, check_allocation, make_plan
 from prune_llm.prune_block import prune_block
 from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import disable_tf32
 from prune_llm.verification import verify
-from prune_llm.windows import calibration_warnings, describe, draw_calibration, draw_windows
+from prune_llm.windows import (
+    calibration_warnings,
+    describe,
+    draw_calibration,
+    draw_windows,
+    surveys,
+)
 
 FORMATS = ("dense", "sparse")
 TARGETS = ("pruned", "dense")
@@ -75,6 +83,9 @@ class PruneConfig:
             weights beside its pruned ones; the method prunes weights re-solved for the target.
         refine: what is done to a method's result on the Gram matrix (see `refinement`): "none",
             "swaps" in its mask, "backsolve" of its weights, or "both".
+        allocation: how the linears share the sparsity: "uniform", or a key of ``ALLOCATIONS``.
+        overrides: "NAMES=PATTERN": linears (shell patterns as in ``ignore``) with a sparsity or N:M
+            of their own; ``pattern`` and ``allocation`` are for the others. The last match counts.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
@@ -94,6 +105,8 @@ class PruneConfig:
     column_block: int = 128
     target: str = "pruned"
     refine: str = "none"
+    allocation: str = "uniform"
+    overrides: tuple[str, ...] = ()
     batch_size: int | None = None
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
@@ -102,12 +115,14 @@ class PruneConfig:
         _check_choice("method", self.method, tuple(METHODS))
         _check_choice("format", self.format, FORMATS)
         _check_choice("target", self.target, TARGETS)
+        _check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
         _check_choice("refine", self.refine, REFINEMENTS)
         _check_choice("dtype", self.dtype, ("auto", *arch.RUN_DTYPES))
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)
         if Pattern.parse(self.pattern).sparsity == 0:
             raise ValueError(f"pattern {self.pattern!r}: prunes nothing; give a sparsity above 0")
+        check_allocation(self)
         for name in ("samples", "seq_len", "column_block", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -211,8 +226,9 @@ def prune_into(
     return_freed_memory()
     with disable_tf32():
         job = Job.open(model, config, device, on_progress, calibration)
+        job.plan = make_plan(job)
         if config.format == "sparse":
-            job.writer = SparseWriter(directory, Pattern.parse(config.pattern))
+            job.writer = SparseWriter(directory, job.plan.common)
         walk = job.walk()
         for block in walk:
             prune_block(job, block, directory)
@@ -293,6 +309,7 @@ class Job:
     linears: list[LinearResult] = field(default_factory=list)
     parts: dict[str, StoredTensor] = field(default_factory=dict)
     writer: SparseWriter | None = None
+    plan: Plan = field(default_factory=lambda: Plan({}))
     warnings: list[str] = field(default_factory=list)
     done: int = 0
     partly_paired: list[tuple[int, int]] = field(default_factory=list)  # paired, tokens of a site
@@ -321,7 +338,8 @@ class Job:
         job.warnings += calibration_warnings(config, calibration)
         return job
 
-    def walk(self) -> Walk:
+    def walk(self, survey: bool = False) -> Walk:
+        """Over the blocks as they are pruned; for a survey, over the dense model."""
         samples_ST = self.calibration.samples_ST if self.calibration is not None else None
         return Walk(
             self.architecture,
@@ -332,7 +350,7 @@ class Job:
             dtype=self.dtype,
             batch_size=self.batch_size,
             tick=self.tick,
-            dense_target=self.config.target == "dense",
+            dense_target=self.config.target == "dense" and not survey,
         )
 
     @property
@@ -351,12 +369,16 @@ class Job:
             self.on_progress(Progress(self.done, self._ticks(), block, blocks, phase))
 
     def _ticks(self) -> int:
-        """Batches run over the whole job: calibrate and propagate each block, but not the last."""
+        """Batches run over the whole job: calibrate and propagate each block, but not the last.
+
+        The dense model too, where an allocation looks at it.
+        """
         blocks = len(self.architecture.blocks)
         if self.calibration is None:
             return blocks
         samples = len(self.calibration.samples_ST)
-        return blocks + (2 * blocks - 1) * -(-samples // self.batch_size)
+        walks = 2 if surveys(self.config) else 1
+        return blocks + walks * (2 * blocks - 1) * -(-samples // self.batch_size)
 
     def report(self, output: str, seconds: float) -> PruneReport:
         if not self.linears:
@@ -373,6 +395,7 @@ class Job:
             calibration=describe(self.calibration),
             environment=environment(self.device, self.dtype),
             linears=self.linears,
+            allocation=self.plan.record,
             bytes_before=self.checkpoint.nbytes,
             bytes_after=sum(result.bytes_after for result in self.linears)
             + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 def prune_block(job: Job, block: Block, directory: Path) -> None:
     """Calibrate, solve site by site, and put the block's weights on disk."""
-    pattern = Pattern.parse(job.config.pattern)
     tensors: dict[str, Tensor] = {}
     wanted = needs(job.config)
     for site, statistics in block.statistics(wanted):
@@ -36,7 +35,7 @@ def prune_block(job: Job, block: Block, directory: Path) -> None:
         _warn_rank(job, f"{block.name}.{site.name}", statistics, wanted)
         started = time.perf_counter()
         weights = tuple(block.weight_OI(linear) for linear in site.linears)
-        patterns = (pattern,) * len(weights)
+        patterns = tuple(job.plan.patterns[linear.name] for linear in site.linears)
         _check_finite(site.linears, weights)
         aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
         problem = _problem(job, block, site, aimed, patterns, statistics)
@@ -44,7 +43,8 @@ def prune_block(job: Job, block: Block, directory: Path) -> None:
         if job.config.refine != "none" and statistics is not None and statistics.tokens > 0:
             solutions = refined(problem, solutions, job.config.refine)
         share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
-        for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
+        solved = zip(site.linears, weights, patterns, solutions, strict=True)
+        for linear, weight_OI, pattern, solution in solved:
             _check_counts(linear, solution, pattern, method.scope)
             disk_name = job.architecture.disk_names[linear.weight_name]
             stored = _stored(job, linear, disk_name, solution)

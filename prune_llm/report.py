@@ -112,6 +112,7 @@ class PruneReport:
             where the sparsity was given (`pruning_level.prune_within`).
         levels: of activation sparsity, where some were asked for; saved by name here, and whole in
             activation_report.json.
+        allocation: how the linears share the sparsity; what each was asked for is in ``linears``.
     """
 
     model: str
@@ -129,6 +130,7 @@ class PruneReport:
     verification: dict[str, int] = field(default_factory=dict)
     search: dict[str, Any] | None = None
     levels: SparsifyReport | None = None
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
