@@ -130,7 +130,8 @@ class Owl:
     """OWL (Yin et al. 2023, "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175, section 3.2).
 
     D_l is the share of a block's Wanda scores that exceed M times their mean. Blocks with more
-    outliers are pruned less: s_l = s - (r_l - mean r), r_l = 2 lambda (D_l - min D)/(max D - min D).
+    outliers are pruned less: s_l = s - (r_l - mean r) with
+    r_l = 2 lambda (D_l - min D) / (max D - min D).
     All linears of a block get the same sparsity, and here the mean is weighted by their sizes.
     """
 

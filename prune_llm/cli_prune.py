@@ -78,7 +78,8 @@ ACTIVATION_OPTIONS = (
     ),
     click.option(
         "--activation-allocation",
-        help=f"How sites share activation sparsity: {', '.join(LEVEL_ALLOCATIONS)}.  [default: greedy]",
+        help="How sites share activation sparsity: "
+        f"{', '.join(LEVEL_ALLOCATIONS)}.  [default: greedy]",
     ),
     click.option(
         "--activation-granularity",

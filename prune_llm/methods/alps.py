@@ -21,7 +21,7 @@ from prune_llm.methods.gram import ScaledGram, scaled_gram
 from prune_llm.methods.problem import Problem, Solution
 from prune_llm.statistics import Needs
 
-RHO, MAX_RHO = 0.1, 1e6
+RHO, MIN_RHO, MAX_RHO = 0.1, 1e-5, 1e6
 MAX_STEPS = 300
 # the penalty is looked at every so many steps
 CHECK = 3
@@ -92,6 +92,8 @@ def search(
         moving = moving or share > GROWTH[1][0]
         if moving:
             rho = min(rho * _growth(share), MAX_RHO)
+        elif rho < MIN_RHO:  # nothing moves the support: it is right as it is
+            break
         else:  # too stiff to move at all: begin again with less
             rho /= 5
             sparse_OI, multiplier_OI = zero_pruned(dense_OI, first_OI), torch.zeros_like(dense_OI)
