@@ -31,11 +31,18 @@ BIN_SHIFT, BINS = 19, 4096
 
 @dataclass(frozen=True)
 class SurveyedSite:
-    """Linears that share an input: names, float32 weights [O, I], statistics of the dense model."""
+    """Linears that share an input of the dense model.
+
+    Attributes:
+        weights_OI: float32 [O, I].
+        changes: what another weight of a linear does to its block's output: the relative squared
+            change, mean over tokens.
+    """
 
     names: tuple[str, ...]
     weights_OI: tuple[Tensor, ...]
     statistics: InputStatistics
+    changes: tuple[Callable[[Tensor], float], ...]
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,12 @@ def _wanda_scores(sites: list[SurveyedSite]) -> Iterator[Tensor]:
 
 
 class Error:
-    """The least sum of relative output errors: every linear is solved at several levels of
-    sparsity from one factorisation, and the budget goes where the next weight costs least."""
+    """The least sum of errors: every linear is solved at several levels of sparsity from one
+    factorisation, and the budget goes where the next weight costs least.
+
+    A linear's error counts by what it does to the output of its block, measured once: the same
+    relative error of a query harms more than that of a value, and an early block's output is small.
+    """
 
     needs = Needs.GRAM
 
@@ -193,7 +204,7 @@ class Error:
 def error_curves(
     site: SurveyedSite, levels: list[float], survey: Survey
 ) -> dict[str, list[tuple[int, float]]]:
-    """(weights pruned, relative squared error) of each linear of a site at each level.
+    """(weights pruned, relative squared change of the block) of each linear at each level.
 
     Measured on evenly spaced rows of it, at most 256, and on the whole Gram matrix.
     """
@@ -201,6 +212,7 @@ def error_curves(
         return {name: [(round(survey.sizes[name] * survey.sparsity), 0.0)] for name in site.names}
     rows = [weight_OI[:: -(-len(weight_OI) // ERROR_ROWS)] for weight_OI in site.weights_OI]
     curves = {}
+    factors = _harm(site, survey.sparsity)
     gram_II = site.statistics.gram_II
     patterns = tuple(Pattern(level) for level in levels)
     repeated = tuple(weight_OI for weight_OI in rows for _ in levels)
@@ -213,9 +225,24 @@ def error_curves(
         solved = solutions[place * len(levels) : (place + 1) * len(levels)]
         lost = [_square(weight_OI - s.weight_OI, gram_II) for s in solved]
         pruned = [round(survey.sizes[name] * level) for level in levels]
-        errors = [error / whole if whole > 0 else 0.0 for error in lost]
+        errors = [factors[place] * error / whole if whole > 0 else 0.0 for error in lost]
         curves[name] = list(zip(pruned, errors, strict=True))
     return curves
+
+
+def _harm(site: SurveyedSite, sparsity: float) -> list[float]:
+    """How far a relative error of each linear changes the block: one over the other for Wanda."""
+    problem = Problem(
+        site.weights_OI, (Pattern(sparsity),) * len(site.names), site.statistics, 0.0, 1
+    )
+    factors = []
+    for weight_OI, change, solution in zip(
+        site.weights_OI, site.changes, METHODS["wanda"].solve(problem), strict=True
+    ):
+        gram_II = site.statistics.gram_II
+        whole, lost = (_square(w, gram_II) for w in (weight_OI, weight_OI - solution.weight_OI))
+        factors.append(change(solution.weight_OI) * whole / lost if lost > 0 else 0.0)
+    return factors
 
 
 def _square(weight_OI: Tensor, gram_II: Tensor) -> float:

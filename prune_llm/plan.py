@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +132,8 @@ def _survey(job: Job, linears: list[arch.Linear], sparsity: float) -> Survey:
                 if chosen:
                     names = tuple(linear.name for linear in chosen)
                     weights_OI = tuple(block.weight_OI(linear) for linear in chosen)
-                    sites.append(SurveyedSite(names, weights_OI, statistics))
+                    changes = tuple(partial(block.output_change, linear) for linear in chosen)
+                    sites.append(SurveyedSite(names, weights_OI, statistics, changes))
             if sites:
                 yield sites
 
