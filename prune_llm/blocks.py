@@ -32,6 +32,8 @@ from prune_llm.statistics import InputStatistics, Needs, all_finite
 
 # tokens on which the layer error is measured
 ERROR_TOKENS = 128
+# batches on which a change of a block's output is measured
+CHANGE_BATCHES = 2
 # on which a block is compared with its fused form
 PROBE_TOKENS = 64
 
@@ -353,6 +355,7 @@ class Block:
         self._dense_weights = [] if dense is None else [linear.module.weight for linear in linears]
         self._staged = dense is not None and walk.dense_target
         self._ahead = False  # whether the dense stream is behind this block already
+        self._first_batches: dict[int, Tensor] = {}  # outputs, see `output_change`
         self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
 
     def weight_OI(self, linear: Linear) -> Tensor:
@@ -539,9 +542,31 @@ class Block:
         except _Captured:
             return None
 
+    @torch.no_grad()
+    def output_change(self, linear: Linear, weight_OI: Tensor) -> float:
+        """Mean over tokens of ||h' - h||^2 / ||h||^2: what another weight of a linear does to the
+        block's output h, on the first batches."""
+        assert self._stream is not None
+        total, count = 0.0, 0
+        dense = linear.module.weight
+        for number in range(min(CHANGE_BATCHES, len(self._stream.batches))):
+            if number not in self._first_batches:
+                self._first_batches[number] = hidden_of(self._run(number, self._stream))
+            before = self._first_batches[number]
+            try:
+                self.assign(linear, linear.from_OI(weight_OI))
+                after = hidden_of(self._run(number, self._stream))
+            finally:
+                linear.module.weight = dense
+            whole_ST = before.float().square().sum(dim=-1).clamp_min_(1e-30)
+            total += float(((after - before).float().square().sum(dim=-1) / whole_ST).sum())
+            count += whole_ST.numel()
+        return total / count
+
     def close(self) -> None:
         """Let go of the dense weights, before the next block is read."""
         self._dense_weights.clear()
+        self._first_batches.clear()
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from prune_llm.cli_tables import print_prune_report, print_quality
 from prune_llm.demo import model_path
-from prune_llm.methods import METHODS
 from prune_llm.prune import PruneConfig, prune
 
+METHODS = ("magnitude", "wanda", "sparsegpt")
 SPARSITY = "0.5"
 PROMPT_SEED = 1
 STORY_TOKENS = 300

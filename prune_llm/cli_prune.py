@@ -10,16 +10,18 @@ from typing import Any
 import click
 from rich.console import Console
 
-from prune_llm.activation.allocation import ALLOCATIONS
+from prune_llm.activation.allocation import ALLOCATIONS as LEVEL_ALLOCATIONS
 from prune_llm.activation.levels import CRITERIA
 from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.sparsify import SparsifyConfig
 from prune_llm.activation.texts import LEAST_WINDOWS
+from prune_llm.allocation import ALLOCATIONS
 from prune_llm.cli_sparsify import parse_shares, print_levels
 from prune_llm.cli_tables import print_prune_report, print_search
 from prune_llm.methods import METHODS
 from prune_llm.prune import FORMATS, TARGETS, PruneConfig, prune
 from prune_llm.pruning_level import Try, prune_within
+from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import PruneReport
 
 DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
@@ -60,6 +62,20 @@ PRUNE_OPTIONS = (
     option("reconstruction_steps", type=int, help="Training steps a block.  [default: 400]"),
     option("reconstruction_minutes", type=float, help="Training time of the whole run at most."),
     option("reconstruction_rate", type=float, help="Highest step, as a share of a weight's size."),
+    option(
+        "allocation",
+        help=f"How linears share the sparsity: {', '.join(ALLOCATIONS)}.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        help="A sparsity or N:M for some linears, such as 'mlp.down_proj=0.6'; not in the rest's.",
+    ),
+    option(
+        "refine",
+        help=f"Improve any method's result: {', '.join(REFINEMENTS)} (of mask, of weights).",
+    ),
     option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]"),
     click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'."),
 )
@@ -70,7 +86,8 @@ ACTIVATION_OPTIONS = (
     ),
     click.option(
         "--activation-allocation",
-        help=f"How sites share activation sparsity: {', '.join(ALLOCATIONS)}.  [default: greedy]",
+        help="How sites share activation sparsity: "
+        f"{', '.join(LEVEL_ALLOCATIONS)}.  [default: greedy]",
     ),
     click.option(
         "--activation-granularity",

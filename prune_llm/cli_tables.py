@@ -48,6 +48,14 @@ def print_prune_report(console: Console, report: PruneReport) -> None:
         f"{report.seconds:.1f} s in all, "
         + ", ".join(f"peak {k} memory {size(v)}" for k, v in report.peak_memory.items())
     )
+    if "lowest" in report.allocation:
+        spread = report.allocation
+        console.print(
+            f"allocation {spread['name']}: linears lose {spread['lowest']:.1%} to "
+            f"{spread['highest']:.1%}, {spread['pruned']} of {spread['weights']} weights in all; "
+            f"found in {spread['seconds']:.1f} s",
+            soft_wrap=True,
+        )
     checked = report.verification
     console.print(
         f"[green]verified[/]: {checked['linears_checked']} linears read back (counts, pattern, "

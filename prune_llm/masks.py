@@ -52,7 +52,10 @@ class Pattern:
         return cls(sparsity=1 - n / m, n=n, m=m)
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}" if self.m is None else f"{self.n}:{self.m}"
+        if self.m is not None:
+            return f"{self.n}:{self.m}"
+        short = f"{self.sparsity:g}"  # an allocation's sparsities need all their digits
+        return short if float(short) == self.sparsity else repr(self.sparsity)
 
 
 def _pattern_error(text: str, rule: str) -> str:

@@ -18,6 +18,7 @@ from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import Texts
+from prune_llm.allocation import ALLOCATIONS
 from prune_llm.blocks import Walk
 from prune_llm.calibration import BUNDLED, Calibration, Sampling
 from prune_llm.checkpoint import (
@@ -34,13 +35,21 @@ from prune_llm.checkpoint import (
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
+from prune_llm.plan import Plan, check_allocation, make_plan
 from prune_llm.prune_block import prune_block
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples
+from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import disable_tf32
 from prune_llm.verification import verify
-from prune_llm.windows import calibration_warnings, describe, draw_calibration, draw_windows
+from prune_llm.windows import (
+    calibration_warnings,
+    describe,
+    draw_calibration,
+    draw_windows,
+    surveys,
+)
 
 FORMATS = ("dense", "sparse")
 TARGETS = ("pruned", "dense")
@@ -80,6 +89,11 @@ class PruneConfig:
         reconstruction_steps: at most so many for each block (None: 400, or as many as the minutes
             allow); reconstruction_minutes: of training in the whole run, the same for each block.
         reconstruction_rate: highest step of a weight, as a share of its matrix's root mean square.
+        refine: what is done to a method's result on the Gram matrix (see `refinement`): "none",
+            "swaps" in its mask, "backsolve" of its weights, or "both".
+        allocation: how the linears share the sparsity: "uniform", or a key of ``ALLOCATIONS``.
+        overrides: "NAMES=PATTERN": linears (shell patterns as in ``ignore``) with a sparsity or N:M
+            of their own; ``pattern`` and ``allocation`` are for the others. The last match counts.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
@@ -102,6 +116,9 @@ class PruneConfig:
     reconstruction_steps: int | None = None
     reconstruction_minutes: float | None = None
     reconstruction_rate: float = 0.03
+    refine: str = "none"
+    allocation: str = "uniform"
+    overrides: tuple[str, ...] = ()
     batch_size: int | None = None
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
@@ -112,11 +129,14 @@ class PruneConfig:
         _check_choice("target", self.target, TARGETS)
         _check_choice("reconstruction", self.reconstruction, GOALS)
         self._check_reconstruction()
+        _check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
+        _check_choice("refine", self.refine, REFINEMENTS)
         _check_choice("dtype", self.dtype, ("auto", *arch.RUN_DTYPES))
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)
         if Pattern.parse(self.pattern).sparsity == 0:
             raise ValueError(f"pattern {self.pattern!r}: prunes nothing; give a sparsity above 0")
+        check_allocation(self)
         for name in ("samples", "seq_len", "column_block", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -233,8 +253,9 @@ def prune_into(
     return_freed_memory()
     with disable_tf32():
         job = Job.open(model, config, device, on_progress, calibration)
+        job.plan = make_plan(job)
         if config.format == "sparse":
-            job.writer = SparseWriter(directory, Pattern.parse(config.pattern))
+            job.writer = SparseWriter(directory, job.plan.common)
         walk = job.walk()
         for block in walk:
             prune_block(job, block, directory)
@@ -316,6 +337,7 @@ class Job:
     reconstruction: list[BlockReconstruction] = field(default_factory=list)
     parts: dict[str, StoredTensor] = field(default_factory=dict)
     writer: SparseWriter | None = None
+    plan: Plan = field(default_factory=lambda: Plan({}))
     warnings: list[str] = field(default_factory=list)
     done: int = 0
     partly_paired: list[tuple[int, int]] = field(default_factory=list)  # paired, tokens of a site
@@ -347,7 +369,8 @@ class Job:
         job.warnings += calibration_warnings(config, calibration)
         return job
 
-    def walk(self) -> Walk:
+    def walk(self, survey: bool = False) -> Walk:
+        """Over the blocks as they are pruned; for a survey, over the dense model."""
         samples_ST = self.calibration.samples_ST if self.calibration is not None else None
         return Walk(
             self.architecture,
@@ -358,8 +381,8 @@ class Job:
             dtype=self.dtype,
             batch_size=self.batch_size,
             tick=self.tick,
-            dense_target=self.config.target == "dense",
-            goal=self.config.reconstruction,
+            dense_target=self.config.target == "dense" and not survey,
+            goal="none" if survey else self.config.reconstruction,
         )
 
     @property
@@ -380,14 +403,16 @@ class Job:
     def _ticks(self) -> int:
         """Batches run over the whole job: calibrate and propagate each block, but not the last.
 
-        Beside them the checks of the reconstruction, and blocks of the dense model.
+        Beside them the checks of the reconstruction, blocks of the dense model, and the dense model
+        once more where an allocation looks at it.
         """
         blocks = len(self.architecture.blocks)
         if self.calibration is None:
             return blocks
         samples = len(self.calibration.samples_ST)
         extra = {"none": 0, "block": CHECKS, "logits": CHECKS + 1}[self.config.reconstruction]
-        return blocks * (1 + extra) + (2 * blocks - 1) * -(-samples // self.batch_size)
+        walks = 2 if surveys(self.config) else 1
+        return blocks * (1 + extra) + walks * (2 * blocks - 1) * -(-samples // self.batch_size)
 
     def report(self, output: str, seconds: float) -> PruneReport:
         if not self.linears:
@@ -405,6 +430,7 @@ class Job:
             environment=environment(self.device, self.dtype),
             linears=self.linears,
             reconstruction=self.reconstruction,
+            allocation=self.plan.record,
             bytes_before=self.checkpoint.nbytes,
             bytes_after=sum(result.bytes_after for result in self.linears)
             + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),

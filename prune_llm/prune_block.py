@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ from prune_llm.dense_target import aimed_at_dense
 from prune_llm.masks import Pattern, Scope, check_keep_mask
 from prune_llm.methods import METHODS, Method, Problem, Solution
 from prune_llm.reconstruct_block import reconstruct_block
+from prune_llm.refinement import refined
 from prune_llm.report import LinearResult
+from prune_llm.sites import Site
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm.windows import needs
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
 
 def prune_block(job: Job, block: Block, directory: Path) -> None:
     """Calibrate, solve site by site, and put the block's weights on disk."""
-    pattern = Pattern.parse(job.config.pattern)
     tensors: dict[str, Tensor] = {}
     wanted = needs(job.config)
     for site, statistics in block.statistics(wanted):
@@ -34,13 +36,16 @@ def prune_block(job: Job, block: Block, directory: Path) -> None:
         _warn_rank(job, f"{block.name}.{site.name}", statistics, wanted)
         started = time.perf_counter()
         weights = tuple(block.weight_OI(linear) for linear in site.linears)
-        patterns = (pattern,) * len(weights)
+        patterns = tuple(job.plan.patterns[linear.name] for linear in site.linears)
         _check_finite(site.linears, weights)
         aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
-        problem = Problem(aimed, patterns, statistics, job.config.damping, job.config.column_block)
+        problem = _problem(job, block, site, aimed, patterns, statistics)
         solutions = method.solve(problem)
+        if job.config.refine != "none" and statistics is not None and statistics.tokens > 0:
+            solutions = refined(problem, solutions, job.config.refine)
         share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
-        for linear, weight_OI, solution in zip(site.linears, weights, solutions, strict=True):
+        solved = zip(site.linears, weights, patterns, solutions, strict=True)
+        for linear, weight_OI, pattern, solution in solved:
             _check_counts(linear, solution, pattern, method.scope)
             disk_name = job.architecture.disk_names[linear.weight_name]
             stored = _stored(job, linear, disk_name, solution)
@@ -77,6 +82,19 @@ def _method(job: Job, name: str, statistics: InputStatistics | None) -> Method:
     return METHODS["magnitude"]
 
 
+def _problem(
+    job: Job,
+    block: Block,
+    site: Site,
+    weights: tuple[Tensor, ...],
+    patterns: tuple[Pattern, ...],
+    statistics: InputStatistics | None,
+) -> Problem:
+    seed = zlib.crc32(f"{job.config.seed} {block.name}.{site.name}".encode())
+    config = job.config
+    return Problem(weights, patterns, statistics, config.damping, config.column_block, seed)
+
+
 def _aimed(
     job: Job, name: str, weights: tuple[Tensor, ...], statistics: InputStatistics | None
 ) -> tuple[Tensor, ...]:
@@ -105,7 +123,7 @@ def _save(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> 
 
 
 def _warn_rank(job: Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:
-    if statistics is None or statistics.tokens == 0 or needs < Needs.GRAM:
+    if statistics is None or statistics.tokens == 0 or Needs.GRAM not in needs:
         return
     width = len(statistics.square_sum_I)
     if statistics.tokens < width:

@@ -115,6 +115,7 @@ class PruneReport:
             activation_report.json.
         reconstruction: of each block, where blocks were reconstructed; ``linears`` then tell the
             error that their solver left.
+        allocation: how the linears share the sparsity; what each was asked for is in ``linears``.
     """
 
     model: str
@@ -133,6 +134,7 @@ class PruneReport:
     search: dict[str, Any] | None = None
     levels: SparsifyReport | None = None
     reconstruction: list[BlockReconstruction] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:

@@ -7,7 +7,7 @@ T = tokens, I = input features. Products are summed in float32, with TF32 off; s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntFlag
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from torch import Tensor
 from prune_llm_kernels import tokens
 
 
-class Needs(IntEnum):
-    """What a method must know about its inputs; each level contains the one before."""
+class Needs(IntFlag):
+    """What a method must know about its inputs; norms come with everything else."""
 
     NOTHING = 0
     NORMS = 1
-    GRAM = 2
+    MEANS = 2 | NORMS
+    GRAM = 4 | NORMS
 
 
 class InputStatistics:
@@ -29,6 +30,7 @@ class InputStatistics:
     Attributes:
         tokens: rows seen.
         square_sum_I: sum over tokens of x_i^2, float32 [I]; float64 until `finish`.
+        sum_I: sum over tokens of x_i, float64 [I]; None where no method needs it.
         sample_TI: a few evenly spaced tokens, in the model's dtype, on which the layer error is
             measured (a few hundred give it to some per cent, at a hundredth of the Gram's cost).
         paired: of the tokens, those whose input in the dense model is known.
@@ -41,7 +43,8 @@ class InputStatistics:
     ) -> None:
         self.tokens = self.paired = 0
         self.square_sum_I = torch.zeros(width, dtype=torch.float64, device=device)
-        self._gram = _GramSum(width, device) if needs >= Needs.GRAM else None
+        self.sum_I = torch.zeros_like(self.square_sum_I) if Needs.MEANS in needs else None
+        self._gram = _GramSum(width, device) if Needs.GRAM in needs else None
         self._difference_II: Tensor | None = None
         if dense_target:
             self._difference_II = torch.zeros(width, width, dtype=torch.float32, device=device)
@@ -54,6 +57,8 @@ class InputStatistics:
         """Add T tokens; ``sample`` of them, evenly spaced, are kept for the layer error."""
         x_TI = x_TI.reshape(-1, x_TI.shape[-1])
         self.tokens += x_TI.shape[0]
+        if self.sum_I is not None:
+            self.sum_I += x_TI.float().sum(dim=0)
         if self._gram is not None:
             self._gram.add(x_TI)
         elif tokens.supports_rows(x_TI):
@@ -120,6 +125,13 @@ class InputStatistics:
     def norms_I(self) -> Tensor:
         """Root mean square over sequences up to a constant: ||X_i||_2, float32 [I] (Wanda)."""
         return self.square_sum_I.sqrt()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance over the tokens, float32 [I]; the variance is above zero (DSnoT)."""
+        assert self.sum_I is not None, "this method needs means, which calibration did not collect"
+        mean_I = self.sum_I / max(self.tokens, 1)
+        variance_I = self.square_sum_I.double() / max(self.tokens, 1) - mean_I.square()
+        return mean_I.float(), variance_I.clamp_min_(1e-30).float()
 
     def relative_error(self, weight_OI: Tensor, pruned_OI: Tensor) -> LayerError | None:
         """||(W - W') X||_F^2 / ||W X||_F^2 over the sampled tokens.

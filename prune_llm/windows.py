@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prune_llm import architecture as arch
 from prune_llm.activation.texts import LEAST_WINDOWS, Texts, cut_texts
+from prune_llm.allocation import ALLOCATIONS
 from prune_llm.calibration import (
     BUNDLED,
     Calibration,
@@ -55,8 +56,19 @@ class Windows:
 
 
 def needs(config: PruneConfig) -> Needs:
-    """What calibration collects: for the method, and to aim at the dense model."""
-    return Needs.GRAM if config.target == "dense" else METHODS[config.method].needs
+    """What calibration collects: for the method, to aim at the dense model, and to refine.
+
+    An allocation has a pass of its own; the text that it reads then serves both.
+    """
+    gram = config.target == "dense" or config.refine != "none"
+    surveyed = Needs.NORMS if surveys(config) else Needs.NOTHING
+    return METHODS[config.method].needs | (Needs.GRAM if gram else Needs.NOTHING) | surveyed
+
+
+def surveys(config: PruneConfig) -> bool:
+    """Whether the allocation runs the dense model over the text, block by block."""
+    allocation = ALLOCATIONS[config.allocation]
+    return allocation is not None and allocation.needs != Needs.NOTHING
 
 
 def draw_calibration(

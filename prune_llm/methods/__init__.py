@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from prune_llm.methods.admm import Admm
+from prune_llm.methods.alps import Alps
+from prune_llm.methods.dsnot import DSnoT
 from prune_llm.methods.magnitude import Magnitude
 from prune_llm.methods.problem import Method as Method
 from prune_llm.methods.problem import Problem as Problem
 from prune_llm.methods.problem import Solution as Solution
+from prune_llm.methods.random import Random
+from prune_llm.methods.ria import Ria
 from prune_llm.methods.sparsegpt import SparseGPT
 from prune_llm.methods.wanda import Wanda
 
@@ -13,4 +18,9 @@ METHODS: dict[str, Method] = {
     "magnitude": Magnitude(),
     "wanda": Wanda(),
     "sparsegpt": SparseGPT(),
+    "ria": Ria(),
+    "dsnot": DSnoT(),
+    "admm": Admm(),
+    "alps": Alps(),
+    "random": Random(),
 }

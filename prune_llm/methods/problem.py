@@ -21,6 +21,7 @@ class Problem:
         statistics: of the shared input; None for a method that needs nothing.
         damping: fraction of the mean diagonal of the Gram matrix added to its diagonal.
         column_block: columns that SparseGPT updates together.
+        seed: of the site, for a method that draws at random.
     """
 
     weights_OI: tuple[Tensor, ...]
@@ -28,6 +29,7 @@ class Problem:
     statistics: InputStatistics | None
     damping: float
     column_block: int
+    seed: int = 0
 
     def input_statistics(self) -> InputStatistics:
         assert self.statistics is not None, "a method that needs statistics was given none"

@@ -6,32 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from random_layers import collect, correlated_inputs
 from torch import Tensor
 
 from prune_llm.masks import Pattern, check_keep_mask, spread
 from prune_llm.methods import METHODS, Problem
 from prune_llm.methods.sparsegpt import inverse_factor
-from prune_llm.statistics import InputStatistics, Needs
 
 SHAPES = [(64, 172), (33, 300), (10, 128), (7, 5), (1, 1)]
 PATTERNS = ["0.5", "0.63", "2:4", "4:8", "1:3", "3:4"]
-CPU = torch.device("cpu")
-
-
-def correlated_inputs(width: int, seed: int = 0) -> Tensor:
-    """Inputs [T, I] whose features are correlated and of unequal size."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(width, width, generator=generator) * 0.3 + torch.eye(width)
-    scale = torch.rand(width, generator=generator) * 2 + 0.05
-    return (torch.randn(3 * width + 40, width, generator=generator) @ mix) * scale
-
-
-def collect(x_TI: Tensor, needs: Needs = Needs.GRAM) -> InputStatistics:
-    statistics = InputStatistics(x_TI.shape[1], CPU, needs)
-    for part in x_TI.split(50):
-        statistics.update(part, sample=10)
-    statistics.finish()
-    return statistics
 
 
 def lowest_f64(scores: Tensor, count: int) -> Tensor:
@@ -98,16 +81,27 @@ def sparsegpt_f64(w: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tenso
     return w, keep
 
 
+def ria_f64(w: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    scores = w.abs() / w.abs().sum(0) + w.abs() / w.abs().sum(1, keepdim=True)
+    scores = scores * x.square().sum(0).pow(0.25)
+    if pattern.m is not None:
+        keep = group_mask_f64(scores, pattern)
+    else:
+        keep = ~lowest_f64(scores, round(w.numel() * pattern.sparsity))
+    return torch.where(keep, w, 0.0), keep
+
+
 TRANSCRIPTIONS: dict[str, Callable[[Tensor, Tensor, Pattern], tuple[Tensor, Tensor]]] = {
     "magnitude": magnitude_f64,
     "wanda": wanda_f64,
     "sparsegpt": sparsegpt_f64,
+    "ria": ria_f64,
 }
 
 
 @pytest.mark.parametrize("pattern_text", PATTERNS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"O{s[0]}-I{s[1]}")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRANSCRIPTIONS)
 def test_method_equals_its_transcription(
     method: str, shape: tuple[int, int], pattern_text: str
 ) -> None:
@@ -138,8 +132,11 @@ def test_patterns_may_differ_within_a_site() -> None:
     for name, method in METHODS.items():
         solved = method.solve(Problem(weights, patterns, collect(x_TI), 0.01, 128))
         for weight, pattern, solution in zip(weights, patterns, solved, strict=True):
-            _, keep = TRANSCRIPTIONS[name](weight.double(), x_TI.double(), pattern)
-            assert torch.equal(solution.keep_OI, keep), name
+            scope = method.scope or "matrix"
+            assert check_keep_mask(solution.keep_OI, pattern, scope) is None, name
+            if name in TRANSCRIPTIONS:
+                _, keep = TRANSCRIPTIONS[name](weight.double(), x_TI.double(), pattern)
+                assert torch.equal(solution.keep_OI, keep), name
 
 
 def test_inputs_are_not_changed() -> None:
@@ -158,7 +155,8 @@ def test_sparsegpt_beats_wanda_beats_magnitude_on_the_layer() -> None:
     for name, method in METHODS.items():
         solved = method.solve(Problem((weight,), (Pattern(0.5),), statistics, 0.01, 128))[0]
         errors[name] = statistics.relative_error(weight, solved.weight_OI).value
-    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"] < 1
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"] < errors["random"] < 1
+    assert errors["alps"] < errors["admm"] < errors["sparsegpt"]
 
 
 class TestInverseFactor:
@@ -200,7 +198,7 @@ def test_dead_inputs_go_first_within_the_count() -> None:
     weight = torch.ones(4, 16)
     weight[:, 3] = 100.0
     problem = Problem((weight,), (Pattern(0.5),), collect(x_TI), 0.01, 128)
-    for name in ("wanda", "sparsegpt"):
+    for name in ("wanda", "sparsegpt", "ria", "admm", "alps"):
         solution = METHODS[name].solve(problem)[0]
         assert not solution.keep_OI[:, 3].any(), name
         assert int((~solution.keep_OI).sum()) == 32, name

@@ -63,7 +63,7 @@ def test_counts_and_untouched_bytes(
         assert int((weight == 0).sum()) == expected == weight.numel() - linears[name].kept
         assert pattern_violation(weight == 0, parsed) is None
         assert not (torch.signbit(weight) & (weight == 0)).any()
-        if method != "sparsegpt":  # no update: what is kept is what it was
+        if method not in ("sparsegpt", "admm", "alps"):  # no update: what is kept is what it was
             assert torch.equal(weight[weight != 0], dense[name][weight != 0])
     assert report.verification == {
         "linears_checked": 21,

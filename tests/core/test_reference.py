@@ -30,12 +30,24 @@ ROWS = [
     ("wanda", "0.5", "wanda-repo-wanda-unstructured", 19.095),
     ("wanda", "0.6", "wanda-repo-wanda-unstructured-0.6", 60.876),
     ("wanda", "2:4", "wanda-repo-wanda-2:4", 66.561),
+    ("ria", "0.5", "ria-repo:ria-unstructured", 25.315),
+    ("ria", "2:4", "ria-repo:ria-2:4", 77.908),
     ("magnitude", "0.5", "wanda-repo-magnitude-unstructured", 40.462),
     ("magnitude", "0.6", "wanda-repo-magnitude-unstructured-0.6", 78.937),
     ("magnitude", "2:4", "wanda-repo-magnitude-2:4", 118.280),
 ]
 # N:M has no rounding, so there the peers' counts are ours
 UNSTRUCTURED = [row for row in ROWS if ":" not in row[1]]
+
+# ADMM solvers rank weights that they moved: a damping changed by its millionth part moves the
+# perplexity of ALPS by 1 to 2 %, so no value is nearer than that. At 60 % ours is the lower one.
+ALPS = [
+    ("0.5", "alps-repo:alps-unstructured", 0.02),
+    ("0.6", "alps-repo:alps-unstructured-0.6", 0.03),
+    ("2:4", "alps-repo:alps-2:4", 0.02),
+]
+# the authors' counts and masks: the final count, rounded down, from the first step on
+ADMM = [("0.5", "admm-unstructured"), ("0.6", "admm-unstructured-0.6")]
 
 DENSE_TARGET = [("sparsegpt", 9.005), ("wanda", 8.131)]
 
@@ -67,6 +79,7 @@ def pruned_perplexity(
     output: Path,
     windows_ST: Tensor,
     target: str = "pruned",
+    **options: Any,
 ) -> float:
     config = PruneConfig(
         method=method,
@@ -79,6 +92,7 @@ def pruned_perplexity(
         device="cpu",
         format="dense",
         target=target,
+        **options,
     )
     prune(reference / "stories260k", config, output)
     return perplexity(output, windows_ST)
@@ -139,6 +153,62 @@ def test_reconstruction(
     report = prune(reference / "stories260k", config, tmp_path / "out")
     assert all(block.after < block.before for block in report.reconstruction)
     assert perplexity(tmp_path / "out", windows_ST) < 1.02 * expected
+
+
+@pytest.mark.parametrize(("pattern", "peer", "within"), ALPS)
+def test_alps(
+    pattern: str,
+    peer: str,
+    within: float,
+    reference: Path,
+    peer_values: dict[str, float],
+    windows_ST: Tensor,
+    tmp_path: Path,
+) -> None:
+    value = pruned_perplexity(reference, "alps", pattern, tmp_path / "out", windows_ST)
+    assert value == pytest.approx(peer_values[peer], rel=within)
+
+
+@pytest.mark.parametrize(("pattern", "peer"), ADMM)
+def test_admm_with_the_peers_masks(
+    pattern: str,
+    peer: str,
+    reference: Path,
+    peer_values: dict[str, float],
+    windows_ST: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from prune_llm import masks
+    from prune_llm.methods import admm
+
+    def final_mask(scores_OI: Tensor, asked: Pattern, _step: int) -> Tensor:
+        floor = int(scores_OI.numel() * asked.sparsity)
+        return masks.keep_mask(scores_OI, Pattern(floor / scores_OI.numel()), "matrix")
+
+    monkeypatch.setattr(admm, "_mask", final_mask)
+    monkeypatch.setattr(sys.modules["prune_llm.prune_block"], "check_keep_mask", lambda *_: None)
+    monkeypatch.setattr("prune_llm.verification.pattern_violation", lambda *_: None)
+    out = tmp_path / "out"
+    value = pruned_perplexity(reference, "admm", pattern, out, windows_ST, damping=0.1)
+    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=0.002)
+
+
+def test_admm_as_the_paper_has_it(
+    reference: Path, peer_values: dict[str, float], windows_ST: Tensor, tmp_path: Path
+) -> None:
+    """2:4, where the authors' code lets the sparsity grow as well."""
+    out = tmp_path / "out"
+    value = pruned_perplexity(reference, "admm", "2:4", out, windows_ST, damping=0.1)
+    assert value == pytest.approx(peer_values["admm-repo:admm-2:4"], rel=0.02)
+
+
+def test_owl(
+    reference: Path, peer_values: dict[str, float], windows_ST: Tensor, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    value = pruned_perplexity(reference, "sparsegpt", "0.5", out, windows_ST, allocation="owl")
+    assert value == pytest.approx(peer_values["owl-repo:owl-sparsegpt-unstructured"], rel=0.02)
 
 
 @pytest.fixture
