@@ -84,7 +84,7 @@ def add_levels(model: Any, criterion: str = "magnitude") -> LevelTable:
     found = [torch.cat(values) if values else torch.full((1,), 0.1) for values in seen.values()]
     levels = tuple(
         # off the values themselves: rounding would decide on which side they fall
-        Level(f"{share:.0%}", tuple(1.0003 * float(v.quantile(share)) for v in found), share)
+        Level(f"{share:.0%}", tuple(1.0005 * float(v.quantile(share)) for v in found), share)
         for share in (0.3, 0.6)
     )
     table = LevelTable(criterion, table.sites, levels)
