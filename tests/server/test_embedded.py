@@ -143,7 +143,7 @@ def test_a_seed_draws_the_same_alone_and_in_company(real: Running) -> None:
 
 
 def test_a_stream_is_the_whole_answer_and_its_usage(real: Running) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "prompt": "the fox", "max_tokens": 30}
+    asked: dict[str, Any] = {"model": MODEL, "prompt": "the fox", "max_tokens": 200}
     with real.openai() as client:
         whole = client.completions.create(**asked, temperature=0)
         chunks = list(
