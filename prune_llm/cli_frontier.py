@@ -14,6 +14,7 @@ from prune_llm.cli_prune import (
     activation_names,
     add_options,
     parse_target,
+    quality_chosen,
 )
 from prune_llm.cli_sparsify import parse_shares
 from prune_llm.cli_tables import new_table, size
@@ -54,7 +55,7 @@ def frontier_command(
         config = FrontierConfig(
             parse_target(max_ppl_increase),
             parse_shares("sparsities", (sparsities,)),
-            PruneConfig(**options),
+            PruneConfig(**quality_chosen(options)),
             **{name: value for name, value in chosen.items() if value is not None},
             **timing,
         )

@@ -19,6 +19,7 @@ from prune_llm.allocation import ALLOCATIONS
 from prune_llm.cli_sparsify import parse_shares, print_levels
 from prune_llm.cli_tables import print_prune_report, print_search
 from prune_llm.methods import METHODS
+from prune_llm.presets import CHOSEN, DEFAULT, PRESETS, preset
 from prune_llm.prune import FORMATS, TARGETS, PruneConfig, prune
 from prune_llm.pruning_level import Try, prune_within
 from prune_llm.refinement import REFINEMENTS
@@ -38,8 +39,18 @@ def option(name: str, **settings: Any) -> Callable[[Any], Any]:
     )
 
 
+def chosen_option(name: str, **settings: Any) -> Callable[[Any], Any]:
+    """As `option`, for a field that a quality chooses where it is not given."""
+    return click.option(f"--{name}", name, **settings)
+
+
 PRUNE_OPTIONS = (
-    option("method", help=f"Pruning method: {', '.join(METHODS)}."),
+    click.option(
+        "--quality",
+        help=f"{', '.join(PRESETS)}: chooses what is not given of --{', --'.join(CHOSEN)}.  "
+        f"[default: {DEFAULT}, where none of them is given]",
+    ),
+    chosen_option("method", help=f"Pruning method: {', '.join(METHODS)}."),
     option("calibration", help="Text, JSONL, dataset NAME[:CONFIG[:SPLIT]] or 'bundled' stories."),
     option("separator", help="Line between the documents of a text file."),
     option("samples", type=int, help="Calibration samples."),
@@ -50,11 +61,11 @@ PRUNE_OPTIONS = (
     option("dtype", help="Dtype of the calibration runs: auto, float32, bfloat16, float16."),
     option("damping", type=float, help="Share of the mean diagonal added to the Gram matrix."),
     option("column_block", type=int, help="Columns that SparseGPT updates together."),
-    option(
+    chosen_option(
         "target",
         help=f"Output to keep, {' or '.join(TARGETS)} model's: dense is better, slower.",
     ),
-    option(
+    chosen_option(
         "reconstruction",
         help="Train the kept weights of each block towards the dense block's output (block) or the "
         "dense model's predictions (logits): best, slowest.",
@@ -72,7 +83,7 @@ PRUNE_OPTIONS = (
         multiple=True,
         help="A sparsity or N:M for some linears, such as 'mlp.down_proj=0.6'; not in the rest's.",
     ),
-    option(
+    chosen_option(
         "refine",
         help=f"Improve any method's result: {', '.join(REFINEMENTS)} (of mask, of weights).",
     ),
@@ -157,7 +168,24 @@ def prune_command(
     console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]", soft_wrap=True)
 
 
+def quality_chosen(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with --quality replaced by what it stands for.
+
+    A method or another part that is given alone is the published one, with nothing added.
+    """
+    rest = dict(options)
+    quality = rest.pop("quality")
+    if quality is None and all(rest[name] is None for name in CHOSEN):
+        quality = DEFAULT
+    fields = {} if quality is None else preset(quality)
+    for name in CHOSEN:
+        if rest[name] is None:
+            rest[name] = fields.get(name, DEFAULTS[name])
+    return rest
+
+
 def _config(sparsity: str | None, pattern: str | None, options: dict[str, Any]) -> PruneConfig:
+    options = quality_chosen(options)
     if sparsity is not None and ":" in sparsity:
         raise ValueError(f"sparsity {sparsity!r}: must be a share in (0, 1); N:M goes to --pattern")
     options["pattern"] = sparsity or pattern or DEFAULTS["pattern"]

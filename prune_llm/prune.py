@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
 from prune_llm.plan import Plan, check_allocation, make_plan
+from prune_llm.presets import DEFAULT as DEFAULT_QUALITY
+from prune_llm.presets import preset
 from prune_llm.prune_block import prune_block
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples
 from prune_llm.refinement import REFINEMENTS
@@ -144,6 +147,15 @@ class PruneConfig:
         if not (math.isfinite(self.damping) and 0 <= self.damping <= 10):
             raise ValueError(f"damping {self.damping}: must be in [0, 10]; 0.01 is usual")
 
+    @classmethod
+    def of_quality(cls, quality: str = DEFAULT_QUALITY, **options: Any) -> PruneConfig:
+        """A preset (see `presets`) with other fields, or with some of its own replaced.
+
+        Raises:
+            ValueError: there is no such preset, or a bad option.
+        """
+        return cls(**{**preset(quality), **options})
+
     def _check_reconstruction(self) -> None:
         for name in ("reconstruction_steps", "reconstruction_minutes", "reconstruction_rate"):
             value = getattr(self, name)
@@ -202,6 +214,7 @@ def prune(
     it is complete and verified; on any error nothing is left behind.
 
     Args:
+        config: None: `PruneConfig.of_quality`'s default.
         levels: activation levels to calibrate on the pruned model, on ``levels.samples`` windows of
             the same text that pruning does not see. Its text, seed, device and dtype are those of
             ``config``.
@@ -209,7 +222,7 @@ def prune(
     Raises:
         ValueError: a bad option, model, calibration text or output; the message names the fix.
     """
-    config = config or PruneConfig()
+    config = config or PruneConfig.of_quality()
     started = time.perf_counter()
     with Staging(Path(output)) as staging:
         if levels is None:

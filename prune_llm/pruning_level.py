@@ -107,7 +107,7 @@ def prune_within(
 
     Args:
         max_ppl_increase: over the dense model, as a fraction: 0.05 is 5 %.
-        config: its pattern is not read.
+        config: its pattern is not read; None: `PruneConfig.of_quality`.
         levels: activation levels for the result, as `prune` takes them.
         on_try: told of every sparsity tried.
 
@@ -115,7 +115,7 @@ def prune_within(
         ValueError: as `prune` does, or the target cannot be met; the message says what can.
     """
     check_max_ppl_increase("max_ppl_increase", max_ppl_increase)
-    config = config or PruneConfig()
+    config = config or PruneConfig.of_quality()
     started = time.perf_counter()
     levels = None if levels is None else levels_of(config, levels)
     with Staging(Path(output)) as staging:

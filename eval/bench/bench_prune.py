@@ -39,7 +39,9 @@ from pathlib import Path
 from typing import Any
 
 TOOLS = ("ours", "llmcompressor")
-METHODS = ("sparsegpt", "wanda")
+# a quality of ours is timed beside the peer's method of its price
+QUALITIES = {"balanced": "sparsegpt"}
+METHODS = ("sparsegpt", "wanda", *QUALITIES)
 MODULE_OF = {"ours": "prune_llm", "llmcompressor": "llmcompressor"}
 VERSIONED = ("torch", "transformers", "llmcompressor", "compressed_tensors", "prune_llm")
 SPARSITY = 0.5
@@ -165,8 +167,9 @@ def token_windows(tokenizer: Any, text: str, samples: int, seq_len: int) -> list
 def run_ours(args: argparse.Namespace) -> dict[str, float]:
     """Prune with prune_llm; its one call loads, prunes and saves, so no split is reported."""
     package = importlib.import_module("prune_llm")
+    presets = importlib.import_module("prune_llm.presets").PRESETS
     config = package.PruneConfig(
-        method=args.method,
+        **presets.get(args.method, {"method": args.method}),
         pattern=str(SPARSITY),
         calibration=str(args.calibration),
         samples=args.samples,
@@ -184,6 +187,7 @@ def run_ours(args: argparse.Namespace) -> dict[str, float]:
 
 def peer_recipe(method: str) -> Any:
     """The llm-compressor modifier for 50 % unstructured, output head left out."""
+    method = QUALITIES.get(method, method)
     common = {
         "sparsity": SPARSITY,
         "mask_structure": "0:0",

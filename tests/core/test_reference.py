@@ -20,6 +20,7 @@ from prune_llm import PruneConfig, prune
 from prune_llm.calibration import cut_windows, load_tokenizer, read_documents, tokenize
 from prune_llm.masks import Pattern
 from prune_llm.methods import sparsegpt
+from prune_llm.presets import PRESETS
 
 SEPARATOR = "<|story|>"
 # method, pattern, name in peer_values.json, our own value with exact counts
@@ -49,6 +50,8 @@ ALPS = [
 # the authors' counts and masks: the final count, rounded down, from the first step on
 ADMM = [("0.5", "admm-unstructured"), ("0.6", "admm-unstructured-0.6")]
 
+# pattern, perplexity of `--quality balanced`, what the project asks of it; at 60 % 12.85, 4:8 9.50
+BALANCED = [("0.5", 7.340, 9.0), ("2:4", 12.261, 15.0)]
 DENSE_TARGET = [("sparsegpt", 9.005), ("wanda", 8.131)]
 
 
@@ -127,6 +130,25 @@ def test_dense_target(
     """At 50 %, where the same methods reach 17.34 and 19.09 without it."""
     value = pruned_perplexity(reference, method, "0.5", tmp_path / "out", windows_ST, "dense")
     assert value == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("pattern", "expected", "target"), BALANCED)
+def test_balanced(
+    pattern: str,
+    expected: float,
+    target: float,
+    reference: Path,
+    windows_ST: Tensor,
+    tmp_path: Path,
+) -> None:
+    value = pruned_perplexity(
+        reference,
+        pattern=pattern,
+        output=tmp_path / "out",
+        windows_ST=windows_ST,
+        **PRESETS["balanced"],
+    )
+    assert value == pytest.approx(expected, rel=0.01) and value <= target
 
 
 # steps a block, goal, perplexity at 50 % after `sparsegpt --target dense` (9.01), 48 samples
