@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_llm.generation import AnswerText, prompt_ids
+from prune_llm.vocabulary import Vocabulary
 from prune_llm_server.engine import (
     Answer,
     Busy,
@@ -35,7 +36,6 @@ from prune_llm_server.engine import (
 )
 from prune_llm_server.errors import LOGGER
 from prune_llm_server.security import KEYS_VARIABLE
-from prune_llm_server.vocabulary import Vocabulary
 from prune_llm_server.wire import Message, pack, read
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prune_llm.generation import AnswerText
-from prune_llm_server.vocabulary import Vocabulary
+from prune_llm.vocabulary import Vocabulary, characters
 
 TEXTS = [
     "the quick brown fox",
@@ -85,6 +85,7 @@ def test_bytes_of_all_tokens_are_the_text(make: Callable[[], Any], text: str) ->
     raw = b"".join(bytes(part or ()) for _, part in spelled)
     before = b" " if make is byte_fallback else b""  # its tokenizer puts one in front
     assert raw == before + text.encode()
+    assert "".join(characters(spelled)) == (before + text.encode()).decode()
     for shown, part in spelled:
         assert part is not None and shown == bytes(part).decode(errors="replace")
     assert len(ids) < len(raw) + 2
@@ -103,6 +104,16 @@ def test_characters_over_several_tokens(make: Callable[[], Any]) -> None:
         answer.add(token, "length" if number + 1 == len(ids) else None)
         texts.append(answer.take())
     assert "".join(texts).strip() == "好🦊" and not any("\ufffd" in text for text in texts)
+
+
+def test_a_character_stands_at_the_token_that_completes_it() -> None:
+    spelled = [("a", b"a"), ("\ufffd", b"\xc3"), ("\ufffd", b"\xa9"), ("!", b"!")]
+    assert characters(spelled) == ["a", "", "é", "!"]
+    # what a special token or the end breaks off is shown as such
+    assert characters([*spelled[:2], ("</s>", None), *spelled[2:3]]) == [
+        "a", "", "\ufffd</s>", "\ufffd"
+    ]  # fmt: skip
+    assert characters([*spelled[:2]]) == ["a", "\ufffd"] and characters([]) == []
 
 
 def test_special_and_added_tokens() -> None:
