@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from prune_llm.cli_forgotten import print_forgotten
 from prune_llm.cli_tables import print_quality
+from prune_llm.cli_tasks import finite, run_tasks
 
 
 @click.command("eval")
@@ -27,6 +29,13 @@ from prune_llm.cli_tables import print_quality
     default="all-sparse",
     show_default=True,
     help="How levels are scored: all-sparse, or first-half-dense as in the papers.",
+)
+@click.option(
+    "--passages",
+    type=int,
+    default=5,
+    show_default=True,
+    help="Worst passages to show of the last row.",
 )
 @click.option("--tasks", help="lm-eval tasks instead of perplexity: names, groups, 'mmlu_*', YAML.")
 @click.option("--num-fewshot", type=int, help="Examples before each question.  [default: task's]")
@@ -52,8 +61,6 @@ def eval_command(
     file = None if json_file is None else Path(json_file)
     chosen = _tasks_or_text(ctx, options)
     if options["tasks"] is not None:
-        from prune_llm.cli_tasks import run_tasks
-
         run_tasks(console, errors, model, against, chosen, file)
         return
     with eval_bar() as show:
@@ -61,24 +68,31 @@ def eval_command(
     print_quality(console, rows)
     if options["protocol"] != "all-sparse":
         console.print(f"protocol {options['protocol']}: only the second half of a window is scored")
+    if len(rows) > 1:
+        print_forgotten(console, rows[-1], rows[0])
     if file is not None:
-        file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        file.write_text(json.dumps(finite([asdict(row) for row in rows]), indent=1) + "\n")
 
 
 TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_template")
-TEXT_OPTIONS = ("text", "separator", "seq_len", "windows", "protocol")
+TEXT_OPTIONS = ("text", "separator", "seq_len", "windows", "protocol", "passages")
 
 
 def _tasks_or_text(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
     """The settings of the one that was asked for; the other's options must not be given."""
     tasks = options["tasks"]
     other = TASK_OPTIONS if tasks is None else TEXT_OPTIONS
-    default = click.core.ParameterSource.DEFAULT
-    given = [name for name in other if ctx.get_parameter_source(name) is not default]
+    given = [name for name in other if _is_given(ctx, name)]
     if given:
         flag = "--" + given[0].replace("_", "-")
         raise click.UsageError(f"{flag} {'needs' if tasks is None else 'does not go with'} --tasks")
+    if _is_given(ctx, "passages") and not (ctx.params["against"] or options["levels"]):
+        raise click.UsageError("--passages needs --against or --level, something to compare")
     kept = {name: value for name, value in options.items() if name not in (*other, "tasks")}
     if tasks is not None:
         kept["tasks"] = tuple(name.strip() for name in tasks.split(",") if name.strip())
     return kept
+
+
+def _is_given(ctx: click.Context, option: str) -> bool:
+    return ctx.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT

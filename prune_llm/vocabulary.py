@@ -28,6 +28,14 @@ class Vocabulary:
             self._spelled[token] = self._spell(token)
         return self._spelled[token]
 
+    def name(self, token: int) -> str:
+        """Its text where it stands alone: bytes such as <0xC3> if it is no whole character, and
+        <token 7> if it has no text."""
+        text, raw = self.spell(token)
+        if raw is not None and bytes(raw) != text.encode():
+            return "".join(f"<0x{byte:02X}>" for byte in raw)
+        return text or f"<token {token}>"
+
     def _spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # between the last token and the size of the embedding

@@ -98,6 +98,9 @@ def test_characters_over_several_tokens(make: Callable[[], Any]) -> None:
     vocabulary = Vocabulary(tokenizer)
     inside = [shown for shown, _ in map(vocabulary.spell, ids) if "\ufffd" in shown]
     assert len(inside) >= 4
+    names = [vocabulary.name(token) for token in ids]
+    assert names[-4:] == ["<0xF0>", "<0x9F>", "<0xA6>", "<0x8A>"]
+    assert vocabulary.name(tokenizer("fox", add_special_tokens=False).input_ids[-1]).endswith("x")
     # and none of them is sent before it is whole
     answer, texts = AnswerText(tokenizer, (), ()), []
     for number, token in enumerate(ids):
@@ -125,7 +128,10 @@ def test_special_and_added_tokens() -> None:
     for text in ("é", "two words", "星"):
         token = tokenizer.convert_tokens_to_ids(text)
         assert vocabulary.spell(token) == (text, tuple(text.encode()))
-    assert vocabulary.spell(len(tokenizer) + 5) == ("", ())
+    outside = len(tokenizer) + 5
+    assert (
+        vocabulary.spell(outside) == ("", ()) and vocabulary.name(outside) == f"<token {outside}>"
+    )
 
 
 def test_a_tokenizer_without_a_decoder() -> None:
