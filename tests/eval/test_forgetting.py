@@ -140,8 +140,8 @@ def test_the_whole(found: Forgotten, plain: list[dict[str, Any]]) -> None:
     count = len(plain)
     increases = [r["increase"] for r in plain]
     right = [(r["dense"] == r["target"], r["model"] == r["target"]) for r in plain]
-    assert found.lost == right.count((True, False)) / count
-    assert found.gained == right.count((False, True)) / count
+    assert found.lost == right.count((True, False)) / count > 0
+    assert found.gained == right.count((False, True)) / count > 0
     assert found.clearly_worse == sum(x > 1 for x in increases) / count > 0
     assert found.clearly_better == sum(x < -1 for x in increases) / count > 0
     worse = math.fsum(x for x in increases if x > 0) / count
@@ -152,6 +152,18 @@ def test_the_whole(found: Forgotten, plain: list[dict[str, Any]]) -> None:
     assert count == 474 and found.kl_of_worst_percent == pytest.approx(
         math.fsum(kls[:5]) / math.fsum(kls), rel=1e-4
     )
+
+
+def test_right_answers_lost_and_gained(vocabulary: Vocabulary) -> None:
+    """Of five flips three lose a right answer, one finds one, one goes from wrong to wrong."""
+    zeros = torch.zeros(1, 5)
+    dense = TokenScores(zeros, torch.tensor([[1, 2, 3, 9, 9]]).int(), zeros)
+    model = TokenScores(
+        zeros, torch.tensor([[7, 7, 7, 4, 8]]).int(), zeros, zeros, torch.ones(1, 5) == 1
+    )
+    found = forgotten(dense, model, torch.tensor([[0, 1, 2, 3, 4, 5]]), vocabulary, 1)
+    assert (found.flips, found.lost, found.gained) == (1.0, 0.6, 0.2)
+    assert "nothing differs" not in printed(found)
 
 
 def test_by_position(found: Forgotten, plain: list[dict[str, Any]]) -> None:
@@ -326,7 +338,7 @@ def test_windows_of_two_tokens(pair: list[Any], windows: Tensor, vocabulary: Voc
 def test_pure_parts() -> None:
     kl = torch.zeros(3, 70, dtype=torch.float64)
     kl[1, 69], kl[2, 0], kl[0, 33] = 5, 3, 4
-    kl[0, 34] = -1e-9  # rounding
+    kl[0, 0] = -1e-9  # rounding
     assert worst_passages(kl, 9) == [(1, 64), (0, 32), (2, 0)]
     assert worst_passages(kl, 1) == [(1, 64)]
     kl[2, 69] = math.nan
@@ -369,6 +381,9 @@ def test_text_is_safe_on_a_terminal(
     assert '…[i]\\x07‹?›  dense: "[b]\\x1b" 50%, now: "[b]\\x1b" 50%' in output
     assert "what [red]pruned[/] forgot of dense" in output
     assert all(c.isprintable() or c == "\n" for c in output)
+    # packed kernels add in another order: what is zero but for rounding is no harm to look at
+    rounding = replace(found, passages=(replace(passage, kl=0.004),))
+    assert "window 0" in output and "window 0" not in printed(rounding)
 
 
 def piece(text: str, flipped: bool, kl: float = 0.0) -> PassageToken:
