@@ -29,7 +29,7 @@ from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm.sparse_linear import SparseLinear
 from prune_llm.vocabulary import Vocabulary
 from prune_llm_eval.forgetting import Forgotten, forgotten
-from prune_llm_eval.perplexity import Quality, quality, score_tokens
+from prune_llm_eval.perplexity import Quality, TokenScores, quality, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +114,13 @@ def evaluate_all(
     The first of several rows is the dense one.
     """
     checkpoints = [open_stored(model) for model in models]
-    windows_ST = _shared_windows(models, checkpoints, config)
+    windows_ST = _windows(checkpoints[0], config)
+    for model, checkpoint in zip(models[1:], checkpoints[1:], strict=True):
+        if not torch.equal(_windows(checkpoint, config), windows_ST):
+            raise ValueError(
+                f"{models[0]!r} and {model!r} cut the text into different tokens; "
+                "compare models that share a tokenizer"
+            )
     device = select_device(config.device)
     loaded = [_load(checkpoint, config.dtype, device) for checkpoint in checkpoints]
     gates = _gates(loaded[-1], models[-1], config)
@@ -137,8 +143,19 @@ def evaluate_all(
     levels = zip(config.levels, qualities[len(models) :], gates, strict=True)
     rows += [_level_row(rows[-1], *level) for level in levels]
     vocabulary = Vocabulary(load_tokenizer(checkpoints[0].directory))
+    return _with_forgotten(rows, scores, windows_ST, vocabulary, config.passages)
+
+
+def _with_forgotten(
+    rows: list[ModelQuality],
+    scores: list[TokenScores],
+    windows_ST: Tensor,
+    vocabulary: Vocabulary,
+    passages: int,
+) -> list[ModelQuality]:
+    """All but the first, which they are compared with."""
     return rows[:1] + [
-        replace(row, forgotten=forgotten(scores[0], own, windows_ST, vocabulary, config.passages))
+        replace(row, forgotten=forgotten(scores[0], own, windows_ST, vocabulary, passages))
         for row, own in zip(rows[1:], scores[1:], strict=True)
     ]
 
@@ -169,20 +186,6 @@ def _level_row(dense: ModelQuality, level: str, quality: Quality, gates: Gates) 
         skipped=gates.sparsity,
         site_sparsity=dict(zip(names, gates.site_sparsity, strict=True)),
     )
-
-
-def _shared_windows(
-    models: list[str], checkpoints: list[SparseCheckpoint], config: EvalConfig
-) -> Tensor:
-    """ValueError for tokenizers that differ."""
-    windows_ST = _windows(checkpoints[0], config)
-    for model, checkpoint in zip(models[1:], checkpoints[1:], strict=True):
-        if not torch.equal(_windows(checkpoint, config), windows_ST):
-            raise ValueError(
-                f"{models[0]!r} and {model!r} cut the text into different tokens; "
-                "compare models that share a tokenizer"
-            )
-    return windows_ST
 
 
 def _windows(checkpoint: SparseCheckpoint, config: EvalConfig) -> Tensor:
