@@ -24,6 +24,7 @@ _ENGINE_OPTIONS = (
     "default_level",
     "threads",
     "trust_remote_code",
+    "load_seconds",
     "stuck_seconds",
     "max_restarts",
 )
@@ -52,6 +53,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
 @click.option("--drain-seconds", type=click.FloatRange(min=0), default=30, show_default=True,
               help="For running requests, once told to end.")  # fmt: skip
+@click.option("--load-seconds", type=_ABOVE_0, help="For loading the model.  [default: 1800]")
 @click.option("--stuck-seconds", type=_ABOVE_0, help="Without a step the engine counts as stuck.")
 @click.option("--max-restarts", type=click.IntRange(min=0), help="Of the engine, in ten minutes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with MODEL.")
@@ -90,6 +92,8 @@ def _serve(model: str, options: dict[str, Any]) -> int:
     except EngineError as error:
         click.echo(f"error: {error}", err=True)
         return 1
+    except ValueError as error:
+        raise ValueError(_in_options(str(error), options)) from None
 
 
 def _settings(options: dict[str, Any]) -> ServerSettings:
@@ -128,6 +132,14 @@ def _engine(model: str, options: dict[str, Any], on_dead: Callable[[int], None])
         **given,
     )
     return embedded.EmbeddedEngine(config, on_dead)
+
+
+def _in_options(message: str, options: dict[str, Any]) -> str:
+    """An error of the engine's budget, which counts bytes, in the words of the command line."""
+    gigabytes = options["kv_cache_gb"]
+    if gigabytes is None or not message.startswith("cache_bytes "):
+        return message
+    return f"kv_cache_gb {gigabytes:g}{message[message.index(':') :]}"
 
 
 def _is_loopback(host: str) -> bool:

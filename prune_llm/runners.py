@@ -318,7 +318,7 @@ def _size(limits: BatchLimits, bytes_per_token: int, context: int | None) -> tup
         raise ValueError(
             f"cache_bytes {limits.cache_bytes}: holds {pages} pages of {limits.page_size} tokens, "
             f"{bytes_per_token} bytes each token; must be at least "
-            f"{least * limits.page_size * bytes_per_token}"
+            f"{least * limits.page_size * bytes_per_token} bytes"
         )
     return pages, pages * limits.page_size if context is None else context
 

@@ -86,13 +86,12 @@ class InputStatistics:
         assert self._difference_II is not None
         self.update(x_TI, sample)
         self.paired += paired
-        x32_TI = x_TI.float()
         if paired > 0:
-            self._difference_II.addmm_((dense_TI.float() - x32_TI).T, x32_TI)
+            _add_product(self._difference_II, dense_TI.float() - x_TI.float(), x_TI)
         if shift_TD is not None:
             if self.shift_DI is None:
                 self.shift_DI = shift_TD.new_zeros(shift_TD.shape[1], x_TI.shape[1])
-            self.shift_DI.addmm_(shift_TD.T, x32_TI)
+            _add_product(self.shift_DI, shift_TD, x_TI)
         if sample > 0:
             self._dense_samples.append(_spaced(dense_TI, sample))
             if shift_TD is not None:
@@ -165,6 +164,15 @@ class LayerError:
 
     value: float
     tokens: int
+
+
+def _add_product(sum_DI: Tensor, left_TD: Tensor, x_TI: Tensor) -> None:
+    """sum += left^T x. Where x is bfloat16, left may be rounded to it: it is a difference, so that
+    the error is a small share of what the sum says of it."""
+    if tokens.supports_gram(x_TI):
+        tokens.cross_add(sum_DI, left_TD.to(x_TI.dtype), x_TI)
+    else:
+        sum_DI.addmm_(left_TD.T, x_TI.float())
 
 
 def _spaced(x_TI: Tensor, count: int) -> Tensor:

@@ -1,11 +1,11 @@
-// G += X^T X with vdpbf16ps: two tokens at a time, products exact, sums in float32.
+// C += A^T B with vdpbf16ps: two tokens at a time, products exact, sums in float32.
 #include <immintrin.h>
 
 #include "tokens.h"
 
 namespace {
 
-// 8 rows x 48 columns of G in 24 registers
+// 8 rows x 48 columns of C in 24 registers
 constexpr int kRows = 8, kVectors = kGramPanel / 16;
 // pairs of tokens after which sums go to memory: a panel of as many stays in the caches
 constexpr int64_t kPairs = 256;
@@ -63,17 +63,18 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* sum, int64
   }
 }
 
-void add(const uint32_t* packed, int64_t tokens, int64_t width, int64_t panel, float* sum) {
+void add(const uint32_t* a, const uint32_t* b, int64_t tokens, int64_t height, int64_t width,
+         int64_t panel, int64_t panels, float* sum) {
   const int64_t pairs = (tokens + 1) / 2, stride = pairs * kGramPanel;
-  const int64_t end = least(width, (panel + 1) * kGramPanel);
+  const int64_t end = least(height, (panel + 1) * kGramPanel);
   for (int64_t start = 0; start < pairs; start += kPairs) {
     const int64_t count = least(kPairs, pairs - start);
-    for (int64_t other = 0; other <= panel; ++other) {
+    for (int64_t other = 0; other < panels; ++other) {
       const int64_t column = other * kGramPanel;
       for (int64_t row = panel * kGramPanel; row < end; row += kRows) {
-        const uint32_t* a = packed + panel * stride + start * kGramPanel + row % kGramPanel;
-        const uint32_t* b = packed + other * stride + start * kGramPanel;
-        tile(a, b, count, sum + row * width + column, width, least(kRows, end - row),
+        tile(a + panel * stride + start * kGramPanel + row % kGramPanel,
+             b + other * stride + start * kGramPanel, count,
+             sum + row * width + column, width, least(kRows, end - row),
              least(kGramPanel, width - column));
       }
     }

@@ -109,9 +109,17 @@ bool has_token_kernels(int isa) { return isa_at(isa).gram && isa_at(isa).attenti
 
 void gram_add(int isa, int threads, uintptr_t x, int64_t tokens, int64_t width, uintptr_t packed,
               uintptr_t sum) {
-  const GramCall call = {at<uint16_t>(x), tokens, width, reinterpret_cast<uint32_t*>(packed),
-                         reinterpret_cast<float*>(sum)};
-  run_gram(*isa_at(isa).gram(), threads, call);
+  const Factor factor = {at<uint16_t>(x), width, reinterpret_cast<uint32_t*>(packed)};
+  run_gram(*isa_at(isa).gram(), threads,
+           {factor, factor, tokens, reinterpret_cast<float*>(sum), true});
+}
+
+void cross_add(int isa, int threads, uintptr_t a, uintptr_t b, int64_t tokens, int64_t height,
+               int64_t width, uintptr_t packed_a, uintptr_t packed_b, uintptr_t sum) {
+  const Factor left = {at<uint16_t>(a), height, reinterpret_cast<uint32_t*>(packed_a)};
+  const Factor right = {at<uint16_t>(b), width, reinterpret_cast<uint32_t*>(packed_b)};
+  run_gram(*isa_at(isa).gram(), threads,
+           {left, right, tokens, reinterpret_cast<float*>(sum), false});
 }
 
 int64_t attention_scratch(int isa, int64_t tokens, int64_t head_size) {
@@ -276,10 +284,14 @@ NB_MODULE(_C, module) {
              nb::arg("begin"), nb::arg("end"), Unlocked(),
              "Rows begin to end of a packed weight, dense, to out [end - begin, I].");
   module.def("has_token_kernels", &has_token_kernels, nb::arg("isa"),
-             "Whether an instruction set has gram_add and causal_attention.");
+             "Whether an instruction set has gram_add, cross_add and causal_attention.");
   module.def("gram_add", &gram_add, nb::arg("isa"), nb::arg("threads"), nb::arg("x"),
              nb::arg("tokens"), nb::arg("width"), nb::arg("packed"), nb::arg("sum"), Unlocked(),
              "sum [I, I] += x^T x on and below the diagonal, x [T, I] bfloat16.");
+  module.def("cross_add", &cross_add, nb::arg("isa"), nb::arg("threads"), nb::arg("a"),
+             nb::arg("b"), nb::arg("tokens"), nb::arg("height"), nb::arg("width"),
+             nb::arg("packed_a"), nb::arg("packed_b"), nb::arg("sum"), Unlocked(),
+             "sum [D, I] += a^T b, a [T, D] and b [T, I] bfloat16.");
   module.def("attention_scratch", &attention_scratch, nb::arg("isa"), nb::arg("tokens"),
              nb::arg("head_size"), "Bytes of scratch that causal_attention needs per thread.");
   module.def("causal_attention", &causal_attention, nb::arg("isa"), nb::arg("threads"),

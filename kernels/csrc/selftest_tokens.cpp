@@ -240,8 +240,8 @@ void test_gram(const Isa& isa) {
       const int64_t panels = (width + kGramPanel - 1) / kGramPanel;
       std::vector<uint32_t> packed(size_t(panels * ((tokens + 1) / 2) * kGramPanel));
       std::vector<float> sum(size_t(width * width), 0.0f);
-      run_gram(*isa.gram(), 3, {reinterpret_cast<uint16_t*>(x.at()), tokens, width, packed.data(),
-                                sum.data()});
+      const Factor factor = {reinterpret_cast<uint16_t*>(x.at()), width, packed.data()};
+      run_gram(*isa.gram(), 3, {factor, factor, tokens, sum.data(), true});
       bool right = true;
       for (int64_t i = 0; i < width; ++i)
         for (int64_t j = 0; j <= i; ++j) {
@@ -251,6 +251,30 @@ void test_gram(const Isa& isa) {
           right = right && std::fabs(sum[size_t(i * width + j)] - exact) < 1e-4;
         }
       expect(right, "gram", isa, kBF16, width, tokens, 0);
+    }
+}
+
+void test_cross(const Isa& isa) {
+  for (const auto& [height, width] : {std::pair<int64_t, int64_t>{1, 1}, {49, 130}, {97, 7}})
+    for (int64_t tokens : {1, 2, 33}) {
+      Values a(kBF16, size_t(tokens * height)), b(kBF16, size_t(tokens * width));
+      const auto entries = [&](int64_t columns) {
+        return size_t((columns + kGramPanel - 1) / kGramPanel * ((tokens + 1) / 2) * kGramPanel);
+      };
+      std::vector<uint32_t> packed_a(entries(height)), packed_b(entries(width));
+      std::vector<float> sum(size_t(height * width), 1.0f);
+      const Factor left = {reinterpret_cast<uint16_t*>(a.at()), height, packed_a.data()};
+      const Factor right = {reinterpret_cast<uint16_t*>(b.at()), width, packed_b.data()};
+      run_gram(*isa.gram(), 3, {left, right, tokens, sum.data(), false});
+      bool right_sums = true;
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          double exact = 1;
+          for (int64_t t = 0; t < tokens; ++t)
+            exact += a[size_t(t * height + i)] * b[size_t(t * width + j)];
+          right_sums = right_sums && std::fabs(sum[size_t(i * width + j)] - exact) < 1e-4;
+        }
+      expect(right_sums, "cross", isa, kBF16, width, tokens, 0);
     }
 }
 
@@ -304,5 +328,6 @@ void test_tokens_and_plans(const Isa& isa) {
   }
   test_select(isa);
   if (isa.gram) test_gram(isa);
+  if (isa.gram) test_cross(isa);
   if (isa.attention) test_causal_attention(isa);
 }

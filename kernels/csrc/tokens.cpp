@@ -9,7 +9,7 @@ namespace {
 struct GramRun {
   const GramKernel* kernel;
   const GramCall* call;
-  int64_t panels;
+  int64_t a_panels, b_panels;
   std::atomic<int64_t> next;
 };
 
@@ -17,15 +17,21 @@ struct GramRun {
 void gram_part(void* context, int, int) {
   GramRun& run = *static_cast<GramRun*>(context);
   const GramCall& c = *run.call;
-  for (int64_t i = run.next++; i < run.panels; i = run.next++)
-    run.kernel->add(c.packed, c.tokens, c.width, run.panels - 1 - i, c.sum);
+  for (int64_t i = run.next++; i < run.a_panels; i = run.next++) {
+    const int64_t panel = run.a_panels - 1 - i;
+    run.kernel->add(c.a.packed, c.b.packed, c.tokens, c.a.width, c.b.width, panel,
+                    c.lower ? panel + 1 : run.b_panels, c.sum);
+  }
 }
 
 void pack_part(void* context, int, int) {
   GramRun& run = *static_cast<GramRun*>(context);
   const GramCall& c = *run.call;
-  for (int64_t i = run.next++; i < run.panels; i = run.next++)
-    run.kernel->pack(c.x, c.tokens, c.width, i, c.packed);
+  const int64_t panels = run.a_panels + (c.lower ? 0 : run.b_panels);
+  for (int64_t i = run.next++; i < panels; i = run.next++) {
+    const Factor& f = i < run.a_panels ? c.a : c.b;
+    run.kernel->pack(f.x, c.tokens, f.width, i < run.a_panels ? i : i - run.a_panels, f.packed);
+  }
 }
 
 struct AttentionRun {
@@ -97,7 +103,8 @@ void run_add_squares(const DecodeKernel& kernel, int threads, const SquareArgs& 
 }
 
 void run_gram(const GramKernel& kernel, int threads, const GramCall& call) {
-  GramRun run{&kernel, &call, (call.width + kGramPanel - 1) / kGramPanel, {0}};
+  const auto panels = [](int64_t width) { return (width + kGramPanel - 1) / kGramPanel; };
+  GramRun run{&kernel, &call, panels(call.a.width), panels(call.b.width), {0}};
   run_parallel(threads, &pack_part, &run);
   run.next = 0;
   run_parallel(threads, &gram_part, &run);

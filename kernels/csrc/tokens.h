@@ -1,20 +1,22 @@
 // Products over many tokens in bfloat16, for calibration and prefill: the Gram matrix of a layer's
-// inputs and causal attention. C interface, as kernels.h: nullptr where an instruction set has none.
+// inputs, its product with others, and causal attention. C interface, as kernels.h: nullptr where an instruction set has none.
 //
-// Shape letters: T = tokens, I = input features, D = size of an attention head.
+// Shape letters: T = tokens, I = input features, D = size of an attention head, or columns of the
+// left factor.
 #pragma once
 
 #include <stdint.h>
 
-// G += X^T X for x [T, I], G float32 [I, I], on and below the diagonal. Columns go in panels of
-// kGramPanel; what is written lies in panels on or left of the diagonal one.
+// C += A^T B for a [T, D], b [T, I], C float32 [D, I]. Columns go in panels of kGramPanel. For a Gram
+// matrix a is b, and a panel of rows needs no panel of columns behind its own.
 enum { kGramPanel = 48 };
 
 struct GramKernel {
   // x [T, I] -> packed [panels, (T + 1) / 2, kGramPanel], each entry two tokens of one column
   void (*pack)(const uint16_t* x, int64_t tokens, int64_t width, int64_t panel, uint32_t* packed);
-  // all of G's rows in `panel`, from everything packed
-  void (*add)(const uint32_t* packed, int64_t tokens, int64_t width, int64_t panel, float* sum);
+  // C's rows in `panel` of a, columns in the first `panels` of b
+  void (*add)(const uint32_t* a, const uint32_t* b, int64_t tokens, int64_t height, int64_t width,
+              int64_t panel, int64_t panels, float* sum);
 };
 
 // One head: rows of q, k, v and out are `*_pitch` elements apart, D values each, D even.

@@ -6,11 +6,17 @@
 #include "decode.h"
 #include "tokens.h"
 
+struct Factor {
+  const uint16_t* x;  // [T, width]
+  int64_t width;
+  uint32_t* packed;  // ceil(width / kGramPanel) * ceil(T / 2) * kGramPanel entries
+};
+
 struct GramCall {
-  const uint16_t* x;  // [T, I]
-  int64_t tokens, width;
-  uint32_t* packed;  // ceil(I / kGramPanel) * ceil(T / 2) * kGramPanel entries
-  float* sum;        // [I, I]
+  Factor a, b;
+  int64_t tokens;
+  float* sum;  // [a.width, b.width]
+  bool lower;  // b is a: on and below the diagonal only
 };
 
 // q, out [B, H, T, D], k, v [B, KV, T, D]; any strides but D's, which is 1. H is a multiple of KV.

@@ -131,6 +131,18 @@ def has_token_kernels(isa: int) -> bool: ...
 def gram_add(
     isa: int, threads: int, x: int, tokens: int, width: int, packed: int, sum: int
 ) -> None: ...
+def cross_add(
+    isa: int,
+    threads: int,
+    a: int,
+    b: int,
+    tokens: int,
+    height: int,
+    width: int,
+    packed_a: int,
+    packed_b: int,
+    sum: int,
+) -> None: ...
 def attention_scratch(isa: int, tokens: int, head_size: int) -> int: ...
 def causal_attention(
     isa: int,

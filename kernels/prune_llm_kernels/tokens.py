@@ -4,7 +4,7 @@ Products (Gram matrix, causal attention) exist for bfloat16 on some machines; `s
 whether this machine and these tensors have the fast form, so that a caller chooses knowingly. The
 small operations exist for every dtype and machine where the extension is built. Shape letters:
 B = samples, H = query heads, K = key-value heads, T = tokens, D = head size, R = its rotated part,
-I = input features.
+I = input features, D also the columns of a left factor.
 """
 
 from __future__ import annotations
@@ -59,18 +59,8 @@ def gram_add(sum_II: Tensor, x_TI: Tensor) -> None:
     from prune_llm_kernels import _C, cpu
 
     tokens, width = x_TI.shape
-    if sum_II.shape != (width, width) or sum_II.dtype != torch.float32:
-        raise ValueError(
-            f"sum is {sum_II.dtype} of shape {list(sum_II.shape)}; it must be torch.float32 "
-            f"[{width}, {width}]"
-        )
-    if not sum_II.is_contiguous():
-        raise ValueError("sum is not contiguous; pass a contiguous tensor, it is changed in place")
-    if x_TI.dtype != torch.bfloat16:
-        raise ValueError(f"x is {x_TI.dtype}; it must be torch.bfloat16")
-    x_TI = x_TI.contiguous()
-    panels, pairs = -(-width // GRAM_PANEL), -(-tokens // 2)
-    packed = torch.empty(panels * pairs * GRAM_PANEL, dtype=torch.int32)
+    _check_product(sum_II, x_TI, x_TI)
+    x_TI, packed = x_TI.contiguous(), _packing_room(x_TI)
     _C.gram_add(
         cpu.isa_index(),
         torch.get_num_threads(),
@@ -80,6 +70,56 @@ def gram_add(sum_II: Tensor, x_TI: Tensor) -> None:
         packed.data_ptr(),
         sum_II.data_ptr(),
     )
+
+
+def cross_add(sum_DI: Tensor, a_TD: Tensor, b_TI: Tensor) -> None:
+    """sum += a^T b; as `gram_add`, whose machines have it.
+
+    Args:
+        sum_DI: float32 [D, I], contiguous. a_TD, b_TI: bfloat16.
+
+    Raises:
+        ValueError: a shape, dtype or layout that does not fit.
+    """
+    from prune_llm_kernels import _C, cpu
+
+    _check_product(sum_DI, a_TD, b_TI)
+    a_TD, b_TI = a_TD.contiguous(), b_TI.contiguous()
+    packed_a, packed_b = _packing_room(a_TD), _packing_room(b_TI)
+    _C.cross_add(
+        cpu.isa_index(),
+        torch.get_num_threads(),
+        a_TD.data_ptr(),
+        b_TI.data_ptr(),
+        len(b_TI),
+        a_TD.shape[1],
+        b_TI.shape[1],
+        packed_a.data_ptr(),
+        packed_b.data_ptr(),
+        sum_DI.data_ptr(),
+    )
+
+
+def _check_product(sum_DI: Tensor, a_TD: Tensor, b_TI: Tensor) -> None:
+    shape = (a_TD.shape[1], b_TI.shape[1])
+    if sum_DI.shape != shape or sum_DI.dtype != torch.float32:
+        raise ValueError(
+            f"sum is {sum_DI.dtype} of shape {list(sum_DI.shape)}; it must be torch.float32 "
+            f"{list(shape)}"
+        )
+    if not sum_DI.is_contiguous():
+        raise ValueError("sum is not contiguous; pass a contiguous tensor, it is changed in place")
+    named = {"x": a_TD} if a_TD is b_TI else {"a": a_TD, "b": b_TI}
+    for name, x in named.items():
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"{name} is {x.dtype}; it must be torch.bfloat16")
+    if len(a_TD) != len(b_TI):
+        raise ValueError(f"a has {len(a_TD)} tokens and b {len(b_TI)}; they must be the same")
+
+
+def _packing_room(x_TI: Tensor) -> Tensor:
+    tokens, width = x_TI.shape
+    return torch.empty(-(-width // GRAM_PANEL) * -(-tokens // 2) * GRAM_PANEL, dtype=torch.int32)
 
 
 def supports_causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import signal
-import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prune_llm.generation import AnswerText, prompt_ids
+from prune_llm.generation import AnswerText
 from prune_llm.vocabulary import Vocabulary
+from prune_llm_server.encoding import Encoder
 from prune_llm_server.engine import (
     Answer,
     Busy,
@@ -35,15 +31,11 @@ from prune_llm_server.engine import (
     Unavailable,
 )
 from prune_llm_server.errors import LOGGER
-from prune_llm_server.security import KEYS_VARIABLE
-from prune_llm_server.wire import Message, pack, read
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from prune_llm_server.process import EngineProcess, ended_if_unused
+from prune_llm_server.wire import Message
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's documentation names this value
 _CHECK_SECONDS = 1.0
-_CLOSING_SECONDS = 3.0
 _RESTART_WINDOW = 600.0
 
 
@@ -55,11 +47,12 @@ class EngineConfig:
         model: directory or hub name. served_name: what clients call it.
         max_rows: sequences decoded at once; max_queue: sequences that may wait beside them.
         chunk_tokens: prompt tokens computed in a step, beside one token of each sequence.
-        cache_bytes: for keys and values; None: see `prune_llm.runners.default_cache_bytes`.
+        cache_bytes: for keys and values; None: see `worker._affordable`.
         levels: serve the checkpoint's levels of activation sparsity; default_level: for requests
             that name none.
         threads: None: torch's choice.
         trust_remote_code: run code that comes with the model.
+        load_seconds: for loading the model and its first tokens; what takes longer is ended.
         stuck_seconds: without a word from the engine it counts as stuck; after twice as long it is
             killed. Its longest step must be shorter.
         max_restarts: in ten minutes; one more and the engine is dead for good.
@@ -75,6 +68,7 @@ class EngineConfig:
     default_level: str = "dense"
     threads: int | None = None
     trust_remote_code: bool = False
+    load_seconds: float = 1800.0
     stuck_seconds: float = 60.0
     max_restarts: int = 3
 
@@ -92,28 +86,19 @@ class EmbeddedEngine:
         self._restarts: list[float] = []
         self._seconds = 1.0  # of a request, of late
         self._reason, self._dead = "the model is loading", False
-        # one thread: a tokenizer is not made for several at once
-        self._encoder = ThreadPoolExecutor(1, "encode")
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._encoder = Encoder()
         self._vocabulary: Vocabulary | None = None
 
     # -- its life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
         process = await EngineProcess.start(self._config)
-        async with _ended_if_unused(process):
-            ready = await process.until_ready()
-            await asyncio.get_running_loop().run_in_executor(self._encoder, self._load_texts, ready)
+        async with ended_if_unused(process):
+            ready = await process.until_ready(self._config.load_seconds)
+            await self._encoder.load(ready["directory"], self._config.trust_remote_code)
+            self._vocabulary = Vocabulary(self._encoder.tokenizer)
         self._serve_with(process, ready)
         self._keeper = asyncio.create_task(self._keep())
-
-    def _load_texts(self, ready: Message) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            ready["directory"], trust_remote_code=self._config.trust_remote_code
-        )
-        self._vocabulary = Vocabulary(self._tokenizer)
 
     def _serve_with(self, process: EngineProcess, ready: Message) -> None:
         self._process, self._status = process, process.last_status
@@ -124,7 +109,7 @@ class EmbeddedEngine:
             vocabulary=ready["vocabulary"],
             levels=tuple(ready["levels"]),
             default_level=self._config.default_level,
-            chat=bool(getattr(self._tokenizer, "chat_template", None)),
+            chat=bool(getattr(self._encoder.tokenizer, "chat_template", None)),
             sampling={"temperature": 1.0, **ready["sampling"]},  # 1 is what OpenAI's API documents
             details=ready["details"],
         )
@@ -155,8 +140,8 @@ class EmbeddedEngine:
         self._reason = f"the engine {why} and is being restarted"
         try:
             process = await EngineProcess.start(self._config)
-            async with _ended_if_unused(process):
-                ready = await process.until_ready()
+            async with ended_if_unused(process):
+                ready = await process.until_ready(self._config.load_seconds)
             self._serve_with(process, ready)
         except (EngineError, ValueError) as error:
             self._give_up(f"the engine {why} and could not be restarted: {error}")
@@ -188,7 +173,7 @@ class EmbeddedEngine:
             self._process = None
         self._reason = "the engine was stopped"
         self._fail_all(self._reason)
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._encoder.close()
 
     def _fail_all(self, why: str) -> None:
         for answers in self._answers.values():
@@ -224,25 +209,15 @@ class EmbeddedEngine:
         )
 
     async def encode(self, prompt: str) -> tuple[int, ...]:
-        return await self._encode(prompt)
+        return await self._encoder.encode(prompt)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        return await self._encode(list(messages))
-
-    async def _encode(self, prompt: Any) -> tuple[int, ...]:
-        loop = asyncio.get_running_loop()
-        try:
-            ids = await loop.run_in_executor(self._encoder, prompt_ids, prompt, self._tokenizer)
-        except ValueError:
-            raise
-        except Exception as error:  # a template is a program, which may fail in any way
-            raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
-        return tuple(ids)
+        return await self._encoder.encode(list(messages))
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[Answer, None]:
         answers = self._submit(request)
         began, limit = time.monotonic(), request.seconds
-        writer = _Writer(request, self._tokenizer, self._vocabulary)
+        writer = _Writer(request, self._encoder.tokenizer, self._vocabulary)
         try:
             while not writer.finished:
                 left = None if limit is None else began + limit - time.monotonic()
@@ -286,17 +261,6 @@ class EmbeddedEngine:
             id, why = message["refused"]
             if id in self._answers:
                 self._answers[id].put_nowait({"refused": why})
-
-
-@asynccontextmanager
-async def _ended_if_unused(process: EngineProcess) -> AsyncGenerator[None, None]:
-    """End a process again that does not get ready, or that nobody waits for any more."""
-    try:
-        yield
-    except BaseException:
-        process.kill()
-        await process.end()
-        raise
 
 
 async def _next(answers: asyncio.Queue[Message | EngineError]) -> list[Message]:
@@ -367,81 +331,3 @@ class _Writer:
         logprob = score["logprob"]
         least = None if logprob is None else max(logprob, _LEAST_LOGPROB)
         return TokenReport(score["id"], text, raw, least, tuple(top))
-
-
-class EngineProcess:
-    """A running worker.py and the two ends of the talk with it."""
-
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
-        self._heard = time.monotonic()
-        self.last_status: Message = {}
-
-    @staticmethod
-    async def start(config: EngineConfig) -> EngineProcess:
-        mine, theirs = socket.socketpair()
-        with theirs:
-            environment = {k: v for k, v in os.environ.items() if k != KEYS_VARIABLE}
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "prune_llm_server.worker", str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the server
-            )
-        reader, writer = await asyncio.open_connection(sock=mine)
-        found = EngineProcess(process, reader, writer)
-        found.send(asdict(config))
-        return found
-
-    async def until_ready(self) -> Message:
-        """What it says of the model.
-
-        Raises:
-            ValueError: it cannot be loaded as it is. EngineError: the engine died over it.
-        """
-        while (message := await self.read()) is not None:
-            if "ready" in message:
-                self.last_status = message["status"]
-                ready: Message = message["ready"]
-                return ready
-            if "failed" in message:
-                await self.end()
-                raise ValueError(message["failed"])
-        raise EngineError(f"the engine {await self.end()} while it loaded the model")
-
-    @property
-    def silence(self) -> float:
-        """Seconds since its last word."""
-        return time.monotonic() - self._heard
-
-    async def read(self) -> Message | None:
-        message = await read(self._reader)
-        self._heard = time.monotonic()
-        return message
-
-    def send(self, message: Message) -> None:
-        self._writer.write(pack(message))
-
-    def kill(self) -> None:
-        if self._process.returncode is None:
-            # not by the process object, which may take the exit code from the one that waits for it
-            with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
-
-    async def end(self) -> str:
-        """Wait for its end, which a closed connection brings; how it ended."""
-        self._writer.close()
-        with suppress(ConnectionError):
-            await self._writer.wait_closed()
-        try:
-            code = await asyncio.wait_for(self._process.wait(), _CLOSING_SECONDS)
-        except TimeoutError:
-            self.kill()
-            code = await self._process.wait()
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"

@@ -22,12 +22,12 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[st
     """Keys of a file, one a line (# begins a comment), and of the environment, between commas.
 
     Raises:
-        ValueError: a key is too short or holds what no header can; a file without one. It never
-            quotes a key.
+        ValueError: a key is too short or holds what no header can; a file without one, or that
+            cannot be read. It never quotes a key.
     """
     found: list[tuple[str, str]] = []
     if file is not None:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(_read(file).splitlines(), 1):
             if key := line.partition("#")[0].strip():
                 found.append((f"{file}, line {number}", key))
         if not found:
@@ -43,6 +43,18 @@ def read_api_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[st
         if not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError(f"api key ({where}): must be printable ASCII without spaces")
     return tuple(dict.fromkeys(key for _, key in found))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"api_key_file {str(file)!r}: cannot be read ({error.strerror}); give a file of keys, "
+            "one a line"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"api_key_file {str(file)!r}: must be text in UTF-8") from None
 
 
 class ApiKeys:

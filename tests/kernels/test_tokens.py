@@ -73,6 +73,62 @@ def test_gram_refuses(total: torch.Tensor, x: torch.Tensor, message: str) -> Non
         tokens.gram_add(total, x)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 130), (48, 49), (97, 47), (1030, 200)])
+@pytest.mark.parametrize("count", [1, 2, 33, 517, 1100])
+def test_cross_equals_float64(count: int, height: int, width: int) -> None:
+    a, b = torch.randn(count, height).to(BF16), torch.randn(count, width).to(BF16)
+    start = torch.randn(height, width)
+    total = start.clone()
+    tokens.cross_add(total, a, b)
+    exact = a.double().T @ b.double()
+    scale = max(float(exact.abs().max()), count**0.5) + start.abs().max()
+    assert (total.double() - start.double() - exact).abs().max() <= 2e-6 * scale
+
+
+@needs_kernels
+def test_cross_of_views_with_any_number_of_threads() -> None:
+    wide = torch.randn(300, 331).to(BF16)
+    before = torch.get_num_threads()
+    sums = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            total = torch.zeros(100, 90)
+            tokens.cross_add(total, wide[::2, :100], wide[1::2, 5:95])
+            sums.append(total)
+    finally:
+        torch.set_num_threads(before)
+    expected = wide[::2, :100].float().T @ wide[1::2, 5:95].float()
+    assert all(torch.equal(sums[0], other) for other in sums)
+    torch.testing.assert_close(sums[0], expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("total", "a", "b", "message"),
+    [
+        (
+            torch.zeros(4, 3),
+            torch.zeros(2, 3, dtype=BF16),
+            torch.zeros(2, 4, dtype=BF16),
+            r"it must be torch.float32 \[3, 4\]",
+        ),
+        (
+            torch.zeros(3, 4),
+            torch.zeros(2, 3, dtype=BF16),
+            torch.zeros(5, 4, dtype=BF16),
+            "a has 2 tokens and b 5",
+        ),
+        (torch.zeros(3, 4), torch.zeros(2, 3), torch.zeros(2, 4, dtype=BF16), "a is torch.float32"),
+        (torch.zeros(3, 4), torch.zeros(2, 3, dtype=BF16), torch.zeros(2, 4), "b is torch.float32"),
+    ],
+)
+def test_cross_refuses(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokens.cross_add(total, a, b)
+
+
 SHAPES = [
     (1, 1, 1, 1, 2),
     (1, 2, 1, 7, 16),

@@ -32,6 +32,7 @@ class EngineConfig:
     default_level: str | None = None
     threads: int | None = None
     trust_remote_code: bool = False
+    load_seconds: float = 0.0
     stuck_seconds: float = 0.0
     max_restarts: int = 0
 
@@ -69,7 +70,11 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Any:
         (["--host", "192.0.2.1"], "host 192.0.2.1, port 8000: cannot listen there"),
         (["--max-rows", "0"], "--max-rows"),
         (["--kv-cache-gb", "0"], "--kv-cache-gb"),
-        (["--api-key-file", "nowhere"], "nowhere"),
+        (["--load-seconds", "0"], "--load-seconds"),
+        (
+            ["--api-key-file", "nowhere"],
+            "api_key_file 'nowhere': cannot be read (No such file or directory); give a file",
+        ),
     ],
 )
 def test_bad_values_are_one_line(cli: Any, embedded: Any, options: list[str], message: str) -> None:
@@ -89,12 +94,12 @@ def test_options_reach_the_engine(cli: Any, embedded: Any) -> None:
     cli(
         "serve", "missing", "--port", "0", "--served-model-name", "name", "--max-rows", "8",
         "--chunk-tokens", "64", "--kv-cache-gb", "1.5", "--max-queue", "9", "--default-level",
-        "40%", "--no-levels", "--threads", "2", "--trust-remote-code", "--stuck-seconds", "2.5",
-        "--max-restarts", "0",
+        "40%", "--no-levels", "--threads", "2", "--trust-remote-code", "--load-seconds", "90",
+        "--stuck-seconds", "2.5", "--max-restarts", "0",
     )  # fmt: skip
     assert embedded.EmbeddedEngine.configs == [
         embedded.EngineConfig(
-            "missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True, 2.5, 0
+            "missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True, 90.0, 2.5, 0
         )
     ]
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from serving import Running, ask, metric, running, save_served, until
 import prune_llm
 from prune_llm.sampling import SamplingParams
 from prune_llm_server.embedded import EmbeddedEngine, EngineConfig
+from prune_llm_server.encoding import Encoder, Interrupted, interrupted_after
 from prune_llm_server.engine import EngineRequest, TimeLimit
 from prune_llm_server.settings import ServerSettings
 
@@ -141,7 +143,7 @@ def test_a_seed_draws_the_same_alone_and_in_company(real: Running) -> None:
 
 
 def test_a_stream_is_the_whole_answer_and_its_usage(real: Running) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "prompt": "the fox", "max_tokens": 30}
+    asked: dict[str, Any] = {"model": MODEL, "prompt": "the fox", "max_tokens": 200}
     with real.openai() as client:
         whole = client.completions.create(**asked, temperature=0)
         chunks = list(
@@ -395,8 +397,60 @@ def test_templates_that_attack_or_fail_are_refusals(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "chat_template.jinja").write_text(template)
     monkeypatch.chdir(tmp_path)
-    engine = EmbeddedEngine(EngineConfig(str(tmp_path), MODEL), lambda code: None)
-    engine._load_texts({"directory": str(tmp_path)})
     with pytest.raises(ValueError, match=r"chat template|is empty"):
-        asyncio.run(engine.encode_chat([{"role": "user", "content": "x"}]))
+        _encode(tmp_path, Encoder(), [{"role": "user", "content": "x"}])
     assert not (tmp_path / "ran").exists()
+
+
+def _encode(directory: Path, encoder: Encoder, prompt: Any) -> tuple[int, ...]:
+    async def encode() -> tuple[int, ...]:
+        await encoder.load(str(directory), False)
+        return await encoder.encode(prompt)
+
+    return asyncio.run(encode())
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% for a in range(99999) %}{{ f(n - 1) if n }}{% endfor %}{% endmacro %}"
+        "{{ f(9) }}",
+    ],
+)
+def test_a_template_without_an_end_is_interrupted(
+    checkpoint: Path, tmp_path: Path, loop: str
+) -> None:
+    for file in checkpoint.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    encoder, chat = Encoder(limit_seconds=0.3), [{"role": "user", "content": "fine"}]
+    expected = _encode(tmp_path, encoder, chat)
+    threads = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"did not end within 0\.3 seconds"):
+            _encode(tmp_path, encoder, [{"role": "user", "content": "loop"}])
+        # the thread is as good as before
+        assert _encode(tmp_path, encoder, chat) == expected
+    assert threading.active_count() <= threads
+    encoder.close()
+
+
+def test_a_prompt_at_the_limit_is_encoded_or_refused_and_harms_no_other() -> None:
+    """The interruption arrives at any step, also behind the last."""
+    with ThreadPoolExecutor(1) as pool:
+        for trial in range(300):
+            late = 1e-4 * (trial % 20)
+
+            def work(until: float = time.monotonic() + 1e-3 + late) -> str:
+                while time.monotonic() < until:
+                    pass
+                return "done"
+
+            try:
+                found = pool.submit(interrupted_after, 1e-3, work).result(timeout=10)
+            except Interrupted:
+                found = "interrupted"
+            assert found in ("done", "interrupted")
+            assert pool.submit(lambda: "next").result(timeout=10) == "next"

@@ -209,6 +209,33 @@ def test_a_hostile_directory_is_refused_in_one_line(model: Path, tmp_path: Path)
     assert line.startswith("error: ") and "describes a larger model than the weights" in line
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "expected"),
+    [
+        (
+            ("--load-seconds", "0.2"),
+            1,
+            "error: load_seconds 0.2: the model was not ready by then; give it longer if it only "
+            "loads slowly",
+        ),
+        (
+            ("--kv-cache-gb", "1e-6"),
+            2,
+            "error: kv_cache_gb 1e-06: holds 0 pages of 32 tokens, 768 bytes each token; must be "
+            "at least 49152 bytes",
+        ),
+    ],
+)
+def test_an_engine_that_does_not_get_ready_is_one_line(
+    model: Path, tmp_path: Path, options: tuple[str, ...], code: int, expected: str
+) -> None:
+    with served(model, tmp_path / "log", *options) as server:
+        assert server.process.wait(60) == code and not server.url
+        assert not server.workers
+    assert "Traceback" not in server.log
+    assert server.log.strip().splitlines()[-1] == expected
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_a_server_that_ends_takes_its_worker_along(
     model: Path, tmp_path: Path, number: int, code: int
