@@ -54,7 +54,7 @@ def run_tasks(
         for entry, row in zip(content["rows"], report.rows, strict=True):
             if row.paired is not None:
                 entry["paired"]["significant"] = row.paired.significant
-        file.write_text(json.dumps(_finite(content), indent=1) + "\n")
+        file.write_text(json.dumps(finite(content), indent=1) + "\n")
 
 
 def print_tasks(console: Console, report: TaskReport) -> None:
@@ -109,10 +109,10 @@ def _plus_minus(value: float, stderr: float, sign: str = "") -> str:
     return text if math.isnan(stderr) else f"{text}±{stderr:.{digits}f}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no nan: None in its place."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,7 +27,9 @@ from prune_llm.demo import stories
 from prune_llm.prune import select_device
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm.sparse_linear import SparseLinear
-from prune_llm_eval.perplexity import Quality, compare
+from prune_llm.vocabulary import Vocabulary
+from prune_llm_eval.forgetting import Forgotten, forgotten
+from prune_llm_eval.perplexity import Quality, TokenScores, quality, score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +50,7 @@ class EvalConfig:
         windows: only the first so many; None scores the whole text.
         levels: of the last model, a row each; "dense" needs none.
         protocol: how levels are scored: one of PROTOCOLS.
+        passages: how many of the worst to report of a model that is compared.
     """
 
     text: str = BUNDLED
@@ -58,6 +61,7 @@ class EvalConfig:
     dtype: str = "auto"
     levels: tuple[str, ...] = ()
     protocol: str = "all-sparse"
+    passages: int = 5
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -70,6 +74,8 @@ class EvalConfig:
             raise ValueError(f"seq_len {self.seq_len}: must be at least 2, one token predicts one")
         if self.windows is not None and self.windows < 1:
             raise ValueError(f"windows {self.windows}: must be at least 1")
+        if self.passages < 0:
+            raise ValueError(f"passages {self.passages}: must be at least 0, which shows none")
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class ModelQuality:
     """One row: ``zeros`` is the share of exact zeros in the linears of the decoder blocks;
     ``nbytes`` is the size of the checkpoint's tensors on disk; ``skipped`` the share of inputs that
     a level skipped, weighted by the weights they meet, and ``site_sparsity`` the same by site, None
-    and empty for the dense level."""
+    and empty for the dense level; ``forgotten`` where it differs from the first model, None for the
+    first."""
 
     name: str
     quality: Quality
@@ -85,6 +92,7 @@ class ModelQuality:
     nbytes: int
     skipped: float | None = None
     site_sparsity: dict[str, float] = field(default_factory=dict)
+    forgotten: Forgotten | None = None
 
 
 def evaluate(
@@ -117,7 +125,7 @@ def evaluate_all(
     loaded = [_load(checkpoint, config.dtype, device) for checkpoint in checkpoints]
     gates = _gates(loaded[-1], models[-1], config)
     context = windows_ST.shape[1] // 2 if config.protocol == "first-half-dense" else 1
-    qualities = compare(
+    scores = score_tokens(
         [*loaded, *[loaded[-1]] * len(gates)],
         windows_ST,
         against_first=len(models) + len(gates) > 1,
@@ -125,14 +133,31 @@ def evaluate_all(
         gates=[*[nullcontext()] * len(models), *gates],
         context=context,
     )
+    qualities = [quality(own, windows_ST.shape[1]) for own in scores]
     rows = [
-        ModelQuality(name, quality, zeros_share(net), checkpoint.nbytes)
-        for name, quality, net, checkpoint in zip(
+        ModelQuality(name, own, zeros_share(net), checkpoint.nbytes)
+        for name, own, net, checkpoint in zip(
             models, qualities[: len(models)], loaded, checkpoints, strict=True
         )
     ]
     levels = zip(config.levels, qualities[len(models) :], gates, strict=True)
-    return rows + [_level_row(rows[-1], *level) for level in levels]
+    rows += [_level_row(rows[-1], *level) for level in levels]
+    vocabulary = Vocabulary(load_tokenizer(checkpoints[0].directory))
+    return _with_forgotten(rows, scores, windows_ST, vocabulary, config.passages)
+
+
+def _with_forgotten(
+    rows: list[ModelQuality],
+    scores: list[TokenScores],
+    windows_ST: Tensor,
+    vocabulary: Vocabulary,
+    passages: int,
+) -> list[ModelQuality]:
+    """All but the first, which they are compared with."""
+    return rows[:1] + [
+        replace(row, forgotten=forgotten(scores[0], own, windows_ST, vocabulary, passages))
+        for row, own in zip(rows[1:], scores[1:], strict=True)
+    ]
 
 
 def _gates(model: PreTrainedModel, name: str, config: EvalConfig) -> list[Gates]:

@@ -4,15 +4,16 @@ Text is tokenised, put into consecutive windows of T tokens, and each window is 
 first token of a window is context only, so S windows predict S * (T - 1) tokens. This token_ppl
 is not the word_ppl of lm-eval, and depends on T: only equal T compare.
 
-Shape letters: S = windows, B = windows of a batch, T = tokens, V = vocabulary.
+Shape letters: S = windows, B = windows of a batch, T = tokens, P = predicted tokens of a window,
+V = vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +55,24 @@ def token_perplexity(
     return compare([model], windows_ST, against_first=False, on_window=on_window)[0]
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model made of every predicted token: tensors [S, P] on the CPU, 17 bytes a token.
+
+    Attributes:
+        nll_SP: negative log likelihood of the token that came, float32, nats.
+        choice_SP: the likeliest token, int32; confidence_SP: its probability, float32.
+        kl_SP: KL(dense || model), float32, nats; None without a dense model.
+        flipped_SP: bool, the dense model's choice is another; None without a dense model.
+    """
+
+    nll_SP: Tensor
+    choice_SP: Tensor
+    confidence_SP: Tensor
+    kl_SP: Tensor | None = None
+    flipped_SP: Tensor | None = None
+
+
 def compare(
     models: Sequence[PreTrainedModel],
     windows_ST: Tensor,
@@ -64,28 +82,52 @@ def compare(
     gates: Sequence[AbstractContextManager[object]] | None = None,
     context: int = 1,
 ) -> list[Quality]:
+    """The quality of several models on one text; see `score_tokens`."""
+    scores = score_tokens(
+        models,
+        windows_ST,
+        against_first=against_first,
+        on_window=on_window,
+        gates=gates,
+        context=context,
+    )
+    return [quality(own, windows_ST.shape[1]) for own in scores]
+
+
+@torch.inference_mode()
+def score_tokens(
+    models: Sequence[PreTrainedModel],
+    windows_ST: Tensor,
+    *,
+    against_first: bool,
+    on_window: OnWindow | None = None,
+    gates: Sequence[AbstractContextManager[object]] | None = None,
+    context: int = 1,
+) -> list[TokenScores]:
     """Score several models on windows of token ids int64 [S, T] in one pass.
 
     Args:
         against_first: the first model is the dense one; KL and flips of the others refer to it.
         gates: entered around each model's runs, one each; the models may then be one and the same.
-        context: so many tokens at the start of a window are read and not scored.
+        context: so many tokens of each window are read and not scored, so P = T - context.
     """
     gates = gates or [nullcontext()] * len(models)
-    scores: list[list[_Score]] = [[] for _ in models]
+    scores: list[list[TokenScores]] = [[] for _ in models]
     vocabulary = models[0].config.get_text_config(decoder=True).vocab_size
     batch_size = max(1, LOGITS // (windows_ST.shape[1] * vocabulary))
+    done = 0
     for ids_BT in windows_ST.split(batch_size):
-        dense_BTV: Tensor | None = None
+        dense_BPV: Tensor | None = None
         for model, gate, own in zip(models, gates, scores, strict=True):
             with gate:
-                logits_BTV = _logits(model, ids_BT, context)
-            own += _scores(logits_BTV, dense_BTV, ids_BT[:, context:].to(logits_BTV.device))
-            if against_first and dense_BTV is None:
-                dense_BTV = logits_BTV
+                logits_BPV = _logits(model, ids_BT, context)
+            own.append(_scores(logits_BPV, dense_BPV, ids_BT[:, context:].to(logits_BPV.device)))
+            if against_first and dense_BPV is None:
+                dense_BPV = logits_BPV
+        done += len(ids_BT)
         if on_window is not None:
-            on_window(len(scores[0]), len(windows_ST))
-    return [_quality(own, windows_ST.shape[1]) for own in scores]
+            on_window(done, len(windows_ST))
+    return [_joined(own) for own in scores]
 
 
 # logits held at once for each model, 4 bytes each
@@ -98,49 +140,49 @@ def _logits(model: PreTrainedModel, ids_BT: Tensor, context: int) -> Tensor:
     return logits[:, context - 1 : -1].float()
 
 
-@dataclass(frozen=True)
-class _Score:
-    """Sums over the tokens of one window."""
-
-    nll: float
-    kl: float | None
-    flips: int | None
-    tokens: int
-
-
-def _scores(logits_BTV: Tensor, dense_BTV: Tensor | None, targets_BT: Tensor) -> list[_Score]:
-    """One score for each window of the batch."""
-    tokens = targets_BT.shape[1]
-    logs_BTV = functional.log_softmax(logits_BTV, dim=-1)
-    picked_BT = logs_BTV.gather(2, targets_BT[:, :, None])[:, :, 0]
-    nlls = (-picked_BT.sum(dim=1, dtype=torch.float64)).tolist()
-    if dense_BTV is None:
-        return [_Score(nll, None, None, tokens) for nll in nlls]
-    dense_logs_BTV = functional.log_softmax(dense_BTV, dim=-1)
-    kl_BT = (dense_logs_BTV.exp() * (dense_logs_BTV - logs_BTV)).sum(dim=-1)
-    kls = kl_BT.sum(dim=1, dtype=torch.float64).tolist()
-    flips = (logits_BTV.argmax(-1) != dense_BTV.argmax(-1)).sum(dim=1).tolist()
-    return [_Score(*sums, tokens) for sums in zip(nlls, kls, flips, strict=True)]
+def _scores(logits_BPV: Tensor, dense_BPV: Tensor | None, targets_BP: Tensor) -> TokenScores:
+    """Of the windows of one batch."""
+    logs_BPV = functional.log_softmax(logits_BPV, dim=-1)
+    choice_BP = logits_BPV.argmax(-1)
+    nll_BP = -_picked(logs_BPV, targets_BP)
+    confidence_BP = _picked(logs_BPV, choice_BP).exp()
+    own = TokenScores(nll_BP.cpu(), choice_BP.int().cpu(), confidence_BP.cpu())
+    if dense_BPV is None:
+        return own
+    dense_logs_BPV = functional.log_softmax(dense_BPV, dim=-1)
+    kl_BP = (dense_logs_BPV.exp() * (dense_logs_BPV - logs_BPV)).sum(dim=-1)
+    flipped_BP = choice_BP != dense_BPV.argmax(-1)
+    return replace(own, kl_SP=kl_BP.cpu(), flipped_SP=flipped_BP.cpu())
 
 
-def _quality(scores: list[_Score], seq_len: int) -> Quality:
-    tokens = sum(score.tokens for score in scores)
-    nll = math.fsum(score.nll for score in scores) / tokens
-    kls = [score.kl for score in scores if score.kl is not None]
-    flips = [score.flips for score in scores if score.flips is not None]
+def _picked(logs_BPV: Tensor, ids_BP: Tensor) -> Tensor:
+    return logs_BPV.gather(2, ids_BP[:, :, None])[:, :, 0]
+
+
+def _joined(batches: Sequence[TokenScores]) -> TokenScores:
+    names = [name for name, value in vars(batches[0]).items() if value is not None]
+    return TokenScores(**{name: torch.cat([vars(own)[name] for own in batches]) for name in names})
+
+
+def quality(scores: TokenScores, seq_len: int) -> Quality:
+    """Means over all tokens, which were scored in windows of ``seq_len``."""
+    windows, predicted = scores.nll_SP.shape
+    nll_S = scores.nll_SP.sum(dim=1, dtype=torch.float64)
+    tokens = windows * predicted
+    nll = math.fsum(nll_S.tolist()) / tokens
+    kl, flipped = scores.kl_SP, scores.flipped_SP
     return Quality(
         token_ppl=math.exp(nll) if nll < 700 else math.inf,
         nll=nll,
-        nll_stderr=_stderr([score.nll / score.tokens for score in scores]),
+        nll_stderr=_stderr(nll_S / predicted),
         tokens=tokens,
-        windows=len(scores),
+        windows=windows,
         seq_len=seq_len,
-        kl=math.fsum(kls) / tokens if kls else None,
-        flips=sum(flips) / tokens if flips else None,
+        kl=None if kl is None else float(kl.sum(dtype=torch.float64)) / tokens,
+        flips=None if flipped is None else int(flipped.sum()) / tokens,
     )
 
 
-def _stderr(means: Iterable[float]) -> float:
+def _stderr(means_S: Tensor) -> float:
     """Standard error of the mean of per-window means; nan for a single window."""
-    values = torch.tensor(list(means), dtype=torch.float64)
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return float(means_S.std() / len(means_S) ** 0.5) if len(means_S) > 1 else math.nan

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prune_llm.generation import AnswerText
+from prune_llm.vocabulary import Vocabulary
 from prune_llm_server.encoding import Encoder
 from prune_llm_server.engine import (
     Answer,
@@ -31,7 +32,6 @@ from prune_llm_server.engine import (
 )
 from prune_llm_server.errors import LOGGER
 from prune_llm_server.process import EngineProcess, ended_if_unused
-from prune_llm_server.vocabulary import Vocabulary
 from prune_llm_server.wire import Message
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's documentation names this value

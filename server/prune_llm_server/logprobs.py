@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
+from prune_llm.vocabulary import characters
 from prune_llm_server.engine import Candidate, TokenReport
 
 # JSON has no infinity; OpenAI and vLLM write this for a token that could not be drawn
@@ -32,18 +33,7 @@ def prompt_text(reports: Sequence[TokenReport]) -> str:
 
 
 def _pieces(reports: Sequence[TokenReport]) -> list[str]:
-    """The characters that each token completes."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces = []
-    for report in reports:
-        if report.bytes is not None:
-            pieces.append(decoder.decode(bytes(report.bytes)))
-        else:
-            pieces.append(decoder.decode(b"", final=True) + report.text)
-            decoder.reset()
-    if pieces:
-        pieces[-1] += decoder.decode(b"", final=True)
-    return pieces
+    return characters((report.text, report.bytes) for report in reports)
 
 
 class LegacyLogprobs:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,14 @@ class Vocabulary:
         if token not in self._spelled:
             self._spelled[token] = self._spell(token)
         return self._spelled[token]
+
+    def name(self, token: int) -> str:
+        """Its text where it stands alone: bytes such as <0xC3> if it is no whole character, and
+        <token 7> if it has no text."""
+        text, raw = self.spell(token)
+        if raw is not None and bytes(raw) != text.encode():
+            return "".join(f"<0x{byte:02X}>" for byte in raw)
+        return text or f"<token {token}>"
 
     def _spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
         piece = self._tokenizer.convert_ids_to_tokens(token)
@@ -54,6 +64,25 @@ class Vocabulary:
                 return bytes([int(match[1], 16)])
             return piece.replace("\u2581", " ").encode()
         return None
+
+
+def characters(spelled: Iterable[tuple[str, Sequence[int] | None]]) -> list[str]:
+    """The characters that each of consecutive tokens completes; together they are the text.
+
+    Args:
+        spelled: text and bytes of each, as `Vocabulary.spell` gives them.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = []
+    for text, raw in spelled:
+        if raw is not None:
+            pieces.append(decoder.decode(bytes(raw)))
+        else:
+            pieces.append(decoder.decode(b"", final=True) + text)
+            decoder.reset()
+    if pieces:
+        pieces[-1] += decoder.decode(b"", final=True)
+    return pieces
 
 
 def _decoder_kinds(tokenizer: Any) -> frozenset[str]:

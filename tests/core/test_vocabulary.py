@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prune_llm.generation import AnswerText
-from prune_llm_server.vocabulary import Vocabulary
+from prune_llm.vocabulary import Vocabulary, characters
 
 TEXTS = [
     "the quick brown fox",
@@ -85,6 +85,7 @@ def test_bytes_of_all_tokens_are_the_text(make: Callable[[], Any], text: str) ->
     raw = b"".join(bytes(part or ()) for _, part in spelled)
     before = b" " if make is byte_fallback else b""  # its tokenizer puts one in front
     assert raw == before + text.encode()
+    assert "".join(characters(spelled)) == (before + text.encode()).decode()
     for shown, part in spelled:
         assert part is not None and shown == bytes(part).decode(errors="replace")
     assert len(ids) < len(raw) + 2
@@ -97,12 +98,25 @@ def test_characters_over_several_tokens(make: Callable[[], Any]) -> None:
     vocabulary = Vocabulary(tokenizer)
     inside = [shown for shown, _ in map(vocabulary.spell, ids) if "\ufffd" in shown]
     assert len(inside) >= 4
+    names = [vocabulary.name(token) for token in ids]
+    assert names[-4:] == ["<0xF0>", "<0x9F>", "<0xA6>", "<0x8A>"]
+    assert vocabulary.name(tokenizer("fox", add_special_tokens=False).input_ids[-1]).endswith("x")
     # and none of them is sent before it is whole
     answer, texts = AnswerText(tokenizer, (), ()), []
     for number, token in enumerate(ids):
         answer.add(token, "length" if number + 1 == len(ids) else None)
         texts.append(answer.take())
     assert "".join(texts).strip() == "好🦊" and not any("\ufffd" in text for text in texts)
+
+
+def test_a_character_stands_at_the_token_that_completes_it() -> None:
+    spelled = [("a", b"a"), ("\ufffd", b"\xc3"), ("\ufffd", b"\xa9"), ("!", b"!")]
+    assert characters(spelled) == ["a", "", "é", "!"]
+    # what a special token or the end breaks off is shown as such
+    assert characters([*spelled[:2], ("</s>", None), *spelled[2:3]]) == [
+        "a", "", "\ufffd</s>", "\ufffd"
+    ]  # fmt: skip
+    assert characters([*spelled[:2]]) == ["a", "\ufffd"] and characters([]) == []
 
 
 def test_special_and_added_tokens() -> None:
@@ -114,7 +128,10 @@ def test_special_and_added_tokens() -> None:
     for text in ("é", "two words", "星"):
         token = tokenizer.convert_tokens_to_ids(text)
         assert vocabulary.spell(token) == (text, tuple(text.encode()))
-    assert vocabulary.spell(len(tokenizer) + 5) == ("", ())
+    outside = len(tokenizer) + 5
+    assert (
+        vocabulary.spell(outside) == ("", ()) and vocabulary.name(outside) == f"<token {outside}>"
+    )
 
 
 def test_a_tokenizer_without_a_decoder() -> None:
