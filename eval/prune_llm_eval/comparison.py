@@ -262,7 +262,8 @@ class _Run:
         base, records = self.base, self.journal.records
         shared = sum(record["seconds"] for record in self.journal.of_kind("calibrated"))
         windows, seq_len = self.windows_ST.shape
-        warnings = list(base.warnings)
+        warnings, config = list(base.warnings), asdict(self.config)
+        del config["prune"]["method"], config["prune"]["pattern"]  # not read
         if not restart_peak_memory(base.device):
             warnings.append(
                 "peak memory is that since the program began: this system does not let it restart"
@@ -270,7 +271,7 @@ class _Run:
         return ComparisonReport(
             model=str(base.checkpoint.directory),
             output=str(self.journal.directory),
-            config=asdict(self.config),
+            config=config,
             model_sha256=base.hashing.result(),
             environment=environment(base.device, base.dtype),
             calibration=describe(base.calibration),

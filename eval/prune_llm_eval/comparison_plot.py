@@ -103,12 +103,14 @@ def _draw_lines(axes: Axes, report: ComparisonReport, value: Value) -> None:
 
 
 def _set_scale(axes: Axes) -> None:
-    """Plain numbers at 1, 2 and 5; over four decades at 1 alone."""
+    """Plain numbers: over four decades at 1 alone, over one at 1, 2 and 5, else at more."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
-    few = math.log10(high / low) > 4
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=20))
+    decades = math.log10(high / low)
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0)
+    locator = LogLocator(subs=(1.0,) if decades > 4 else subs, numticks=20)
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y", which="major", color="#dddddd", linewidth=0.8)

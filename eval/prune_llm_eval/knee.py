@@ -2,8 +2,9 @@
 
 The knee of a method is the largest sparsity up to which perplexity stays within a given increase
 over the dense model. Between two measured sparsities the logarithm of the perplexity, which is the
-negative log likelihood per token, is taken as a straight line. The first crossing counts, even
-where a higher sparsity is better again. Outside of what was measured nothing is guessed.
+negative log likelihood per token, is taken as a straight line. It bends upwards, so the knee is
+rather too low. The first crossing counts, even where a higher sparsity is better again. Outside of
+what was measured nothing is guessed.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from prune_llm import PruneConfig, prune
 from prune_llm.checkpoint import Staging
 from prune_llm.methods import METHODS, Problem
 from prune_llm.prune import Job
+from prune_llm.report import peak_memory, restart_peak_memory
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.statistics import Needs
 from prune_llm_eval import comparison, variants
@@ -590,3 +591,28 @@ def test_pictures_are_repeatable_and_take_broken_models(report: Any, tmp_path: P
     for pattern in ("0.5", "2:4"):  # only a line, only a column
         kept = [row for row in report.rows if row.pattern in ("", pattern)]
         draw(replace(report, rows=kept, knees={}), [tmp_path / "part.svg"])
+
+
+# -- memory ----------------------------------------------------------------------------------
+
+
+def test_peak_memory_counts_from_a_restart() -> None:
+    cpu = torch.device("cpu")
+    ones = torch.ones(75_000_000)
+    high = peak_memory(cpu)["process"]
+    del ones
+    if not restart_peak_memory(cpu):
+        pytest.skip("this system does not let the peak restart; `compare` then says so (below)")
+    assert peak_memory(cpu)["process"] < high - 200_000_000
+
+
+def test_a_peak_that_cannot_restart_is_said(
+    tiny_llama: Path, config: ComparisonConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = replace(config, methods=("magnitude",), patterns=("0.5",))
+    assert compare_methods(tiny_llama, given, tmp_path / "out").warnings == []
+    monkeypatch.setattr(comparison, "restart_peak_memory", lambda _device: False)
+    report = compare_methods(tiny_llama, given, tmp_path / "out")
+    assert [text.split(":")[0] for text in report.warnings] == [
+        "peak memory is that since the program began"
+    ]
