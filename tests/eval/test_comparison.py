@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import llama_config, save_model
+from tiny_models import SIZES, llama_config, save_model
 
 from prune_llm import PruneConfig, prune
 from prune_llm.checkpoint import Staging
+from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS, Problem
 from prune_llm.prune import Job
 from prune_llm.report import peak_memory, restart_peak_memory
@@ -93,7 +94,7 @@ def test_shared_statistics_are_those_of_the_dense_model(
         for site, statistics in block.collect(Needs.GRAM).items():
             weights = tuple(linear.module.weight.detach().clone() for linear in site.linears)
             for variant, own in config.configs.items():
-                patterns = (variants_pattern(variant),) * len(weights)
+                patterns = (Pattern.parse(variant.pattern),) * len(weights)
                 problem = Problem(weights, patterns, statistics, own.damping, own.column_block)
                 solved = METHODS[variant.method].solve(problem)
                 for linear, solution in zip(site.linears, solved, strict=True):
@@ -124,12 +125,6 @@ def test_shared_statistics_are_those_of_the_dense_model(
             assert scored[0].quality == report.dense.quality
             on_disk = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
             assert 0 < on_disk - row.nbytes < 20_000  # the header
-
-
-def variants_pattern(variant: Variant) -> Any:
-    from prune_llm.masks import Pattern
-
-    return Pattern.parse(variant.pattern)
 
 
 def test_shared_statistics_see_what_transformers_computes(
@@ -190,6 +185,32 @@ def test_own_statistics_are_prunes(
         assert (row.method, row.pattern) == (variant.method, variant.pattern)
         assert (row.quality, row.nbytes) == (scored[1].quality, scored[1].nbytes)
         assert row.sparsity == pruned.sparsity and row.nbytes == pruned.bytes_after
+
+
+def other_architectures() -> dict[str, Any]:
+    """Weights stored transposed; experts, of which some are reached by few tokens."""
+    from transformers import GPT2Config, MixtralConfig
+
+    gpt2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    experts = {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return {
+        "gpt2": GPT2Config(vocab_size=264, bos_token_id=0, eos_token_id=1, **gpt2),
+        "mixtral": MixtralConfig(**(SIZES | experts)),
+    }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_other_architectures(name: str, config: ComparisonConfig, tmp_path: Path) -> None:
+    """Magnitude asks no statistics, so that shared ones give what `prune` does."""
+    model = save_model(tmp_path / "model", other_architectures()[name])
+    given = replace(config, methods=("magnitude", "sparsegpt"), patterns=("2:4",))
+    _, plain, repaired = compare_methods(model, given, tmp_path / "out").rows
+    prune(model, given.configs[Variant("magnitude", "2:4")], tmp_path / "alone")
+    scored = evaluate_all([str(model), str(tmp_path / "alone")], given.scoring, lambda *_: None)
+    assert (plain.quality, plain.nbytes) == (scored[1].quality, scored[1].nbytes)
+    assert repaired.nbytes == plain.nbytes and repaired.sparsity == 0.5
+    assert repaired.quality.kl is not None and plain.quality.kl is not None
+    assert 0 < repaired.quality.kl < plain.quality.kl
 
 
 def test_own_takes_what_cannot_be_shared(
