@@ -18,6 +18,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from prune_llm import __version__
+from prune_llm.cli_compare import compare_command
 from prune_llm.cli_eval import eval_command
 from prune_llm.cli_frontier import frontier_command
 from prune_llm.cli_prune import prune_command
@@ -94,6 +95,7 @@ main.add_command(prune_command)
 main.add_command(eval_command)
 main.add_command(sparsify_command)
 main.add_command(frontier_command)
+main.add_command(compare_command)
 main.add_command(serve_command)
 
 

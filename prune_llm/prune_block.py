@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,46 +31,57 @@ if TYPE_CHECKING:
 def prune_block(job: Job, block: Block, directory: Path) -> None:
     """Calibrate, solve site by site, and put the block's weights on disk."""
     tensors: dict[str, Tensor] = {}
-    wanted = needs(job.config)
-    for site, statistics in block.statistics(wanted):
-        method = _method(job, f"{block.name}.{site.name}", statistics)
-        _warn_rank(job, f"{block.name}.{site.name}", statistics, wanted)
-        started = time.perf_counter()
-        weights = tuple(block.weight_OI(linear) for linear in site.linears)
-        patterns = tuple(job.plan.patterns[linear.name] for linear in site.linears)
-        _check_finite(site.linears, weights)
-        aimed = _aimed(job, f"{block.name}.{site.name}", weights, statistics)
-        problem = _problem(job, block, site, aimed, patterns, statistics)
-        solutions = method.solve(problem)
-        if job.config.refine != "none" and statistics is not None and statistics.tokens > 0:
-            solutions = refined(problem, solutions, job.config.refine)
-        share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
-        solved = zip(site.linears, weights, patterns, solutions, strict=True)
-        for linear, weight_OI, pattern, solution in solved:
-            _check_counts(linear, solution, pattern, method.scope)
-            disk_name = job.architecture.disk_names[linear.weight_name]
-            stored = _stored(job, linear, disk_name, solution)
+    for site, statistics in block.statistics(needs(job.config)):
+        for linear, disk_name, stored in solve_site(job, block, site, statistics):
             block.assign(linear, stored)
             tensors[disk_name] = stored.cpu()
-            error = statistics.relative_error(weight_OI, solution.weight_OI) if statistics else None
-            job.linears.append(
-                LinearResult.of(
-                    linear,
-                    disk_name,
-                    block.index,
-                    pattern,
-                    solution,
-                    stored,
-                    error=error,
-                    seconds=share * weight_OI.numel(),
-                )
-            )
-            job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
     if job.config.reconstruction != "none":
         reconstruct_block(job, block, tensors)
     if tensors:
-        _save(job, block.index, tensors, directory)
+        save_block(job, block.index, tensors, directory)
     job.tick(block.index, "pruned")
+
+
+def solve_site(
+    job: Job, block: Block, site: Site, statistics: InputStatistics | None
+) -> Iterator[tuple[arch.Linear, str, Tensor]]:
+    """Each linear of a site with its name on disk and its pruned weight as stored there.
+
+    The block is left as it is; what is to be told goes into the job's results and warnings.
+    """
+    name = f"{block.name}.{site.name}"
+    method = _method(job, name, statistics)
+    _warn_rank(job, name, statistics, needs(job.config))
+    started = time.perf_counter()
+    weights = tuple(block.weight_OI(linear) for linear in site.linears)
+    patterns = tuple(job.plan.patterns[linear.name] for linear in site.linears)
+    _check_finite(site.linears, weights)
+    aimed = _aimed(job, name, weights, statistics)
+    problem = _problem(job, block, site, aimed, patterns, statistics)
+    solutions = method.solve(problem)
+    if job.config.refine != "none" and statistics is not None and statistics.tokens > 0:
+        solutions = refined(problem, solutions, job.config.refine)
+    share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
+    solved = zip(site.linears, weights, patterns, solutions, strict=True)
+    for linear, weight_OI, pattern, solution in solved:
+        _check_counts(linear, solution, pattern, method.scope)
+        disk_name = job.architecture.disk_names[linear.weight_name]
+        stored = _stored(job, linear, disk_name, solution)
+        error = statistics.relative_error(weight_OI, solution.weight_OI) if statistics else None
+        job.linears.append(
+            LinearResult.of(
+                linear,
+                disk_name,
+                block.index,
+                pattern,
+                solution,
+                stored,
+                error=error,
+                seconds=share * weight_OI.numel(),
+            )
+        )
+        job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
+        yield linear, disk_name, stored
 
 
 def _method(job: Job, name: str, statistics: InputStatistics | None) -> Method:
@@ -113,7 +125,7 @@ def _aimed(
     return aimed
 
 
-def _save(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
+def save_block(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
     """Put the pruned weights of one block on disk, by their names there."""
     if job.writer is None:
         job.parts |= save_part(directory / f"block-{index:05d}.part", tensors)

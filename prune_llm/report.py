@@ -218,3 +218,14 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def restart_peak_memory(device: torch.device) -> bool:
+    """Let `peak_memory` count from now on; False where the system does not allow it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest resident size
+    except OSError:
+        return False
+    return True

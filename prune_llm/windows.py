@@ -75,7 +75,7 @@ def draw_calibration(
     config: PruneConfig, checkpoint: Checkpoint, architecture: arch.Architecture
 ) -> Calibration | None:
     """The windows a run prunes with; None where its method needs no text."""
-    if _needs_no_text(config):
+    if needs_no_text(config):
         return None
     source = _source(config, architecture)
     calibration = load_calibration(source, load_tokenizer(checkpoint.directory))
@@ -104,7 +104,7 @@ def draw_windows(
     if source.seq_len < 2:
         raise ValueError(f"seq_len {source.seq_len}: must be at least 2, one token predicts one")
     others = max(LEAST_WINDOWS, config.samples) if others is None else others
-    if _needs_no_text(config):
+    if needs_no_text(config):
         pruning, rest = None, load_calibration(replace(source, samples=others), tokenizer)
     else:
         pruning, rest = load_apart(source, others, tokenizer)
@@ -114,7 +114,8 @@ def draw_windows(
     return Windows(pruning, cut_texts(rest, other, tokenizer, pruning))
 
 
-def _needs_no_text(config: PruneConfig) -> bool:
+def needs_no_text(config: PruneConfig) -> bool:
+    """Whether a run neither needs calibration text nor was given one."""
     without = needs(config) == Needs.NOTHING and config.reconstruction == "none"
     return config.calibration is None and without
 

@@ -114,9 +114,9 @@ def evaluate_all(
     The first of several rows is the dense one.
     """
     checkpoints = [open_stored(model) for model in models]
-    windows_ST = _windows(checkpoints[0], config)
+    windows_ST = text_windows(checkpoints[0], config)
     for model, checkpoint in zip(models[1:], checkpoints[1:], strict=True):
-        if not torch.equal(_windows(checkpoint, config), windows_ST):
+        if not torch.equal(text_windows(checkpoint, config), windows_ST):
             raise ValueError(
                 f"{models[0]!r} and {model!r} cut the text into different tokens; "
                 "compare models that share a tokenizer"
@@ -188,7 +188,12 @@ def _level_row(dense: ModelQuality, level: str, quality: Quality, gates: Gates) 
     )
 
 
-def _windows(checkpoint: SparseCheckpoint, config: EvalConfig) -> Tensor:
+def text_windows(checkpoint: SparseCheckpoint, config: EvalConfig) -> Tensor:
+    """Token ids int64 [S, T] that a model of this checkpoint is scored on.
+
+    Raises:
+        ValueError: a text that cannot be read or is too short, or a window beyond the context.
+    """
     context = checkpoint.config.get("max_position_embeddings")
     if isinstance(context, int):
         check_seq_len(config.seq_len, context)
