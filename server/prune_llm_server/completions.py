@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from prune_llm_server.engine import Answer, TokenReport
+from prune_llm_server.errors import ApiError
 from prune_llm_server.logprobs import LegacyLogprobs, joined, prompt_text
 from prune_llm_server.plan import Plan, Planner, refusal
 from prune_llm_server.schemas import CompletionRequest, Prompt
@@ -46,7 +47,7 @@ async def _plan(
 ) -> Plan:
     prompts, rooms = [], []
     for prompt in body.prompt:
-        ids = await service.engine.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = await _encoded(service, prompt) if isinstance(prompt, str) else prompt
         asked = body.max_tokens
         room = planner.room(ids, asked, "prompt")
         prompts.append(ids)
@@ -57,6 +58,13 @@ async def _plan(
     logprobs = 0 if body.logprobs is None and needs_text else body.logprobs
     reported = echo and logprobs is not None
     return planner.plan(record_of(request).id, prompts, rooms, logprobs, reported)
+
+
+async def _encoded(service: Service, prompt: str) -> Sequence[int]:
+    try:
+        return await service.engine.encode(prompt)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="prompt", code="invalid_value") from None
 
 
 @dataclass

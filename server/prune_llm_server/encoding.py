@@ -51,11 +51,10 @@ class Encoder:
             raise
         except Interrupted:
             raise ValueError(
-                "messages: the model's chat template did not end within "
-                f"{self._limit_seconds:g} seconds"
+                f"the model's chat template did not end within {self._limit_seconds:g} seconds"
             ) from None
         except Exception as error:  # a template is a program, which may fail in any way
-            raise ValueError(f"messages: the model's chat template refuses them: {error}") from None
+            raise ValueError(f"the model's chat template refuses them: {error}") from None
 
     def _encoded(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):

@@ -178,7 +178,11 @@ class Engine(Protocol):
         """End at once; running requests fail. Idempotent."""
 
     async def encode(self, prompt: str) -> tuple[int, ...]:
-        """Token ids of a text, with the tokens that begin one."""
+        """Token ids of a text, with the tokens that begin one.
+
+        Raises:
+            ValueError: there are none: the text is empty, and nothing begins it.
+        """
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
         """Token ids of messages by the chat template, up to where the answer begins.

@@ -50,8 +50,8 @@ ALPS = [
 # the authors' counts and masks: the final count, rounded down, from the first step on
 ADMM = [("0.5", "admm-unstructured"), ("0.6", "admm-unstructured-0.6")]
 
-# pattern, perplexity of `--quality balanced`, what the project asks of it; at 60 % 12.85, 4:8 9.50
-BALANCED = [("0.5", 7.340, 9.0), ("2:4", 12.261, 15.0)]
+# pattern, perplexity of `--quality balanced`, what the project asks of it; at 60 % 13.00, 4:8 9.83
+BALANCED = [("0.5", 7.334, 9.0), ("2:4", 12.502, 15.0)]
 DENSE_TARGET = [("sparsegpt", 9.005), ("wanda", 8.131)]
 
 

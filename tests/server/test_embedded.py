@@ -203,6 +203,8 @@ def test_levels(real: Running) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"prompt": ""}, "prompt: is empty; give at least one token"),
+        ({"prompt": ["x", ""]}, "prompt: is empty; give at least one token"),
         ({"prompt": "x" * 257}, "maximum context length is 256"),
         ({"prompt": [258]}, "token id 258 is not in the vocabulary"),
         ({"prompt": "x", "max_tokens": 256}, "maximum context length is 256"),
