@@ -18,6 +18,7 @@ from torch import Tensor
 # most likely tokens that usually hold top-p's mass: sorting the rest of a vocabulary costs more
 # than the rest of a decode step
 _LIKELY = 1024
+_LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SamplingParams:
     Attributes:
         max_tokens: most tokens to add; 0, for those who only want the prompt's log-probabilities,
             is refused where an answer is asked for.
-        temperature: 0 takes the most likely token, the lowest id of equals.
+        temperature: 0 takes the most likely token, the lowest id of equals; so does one below 1e-5,
+            by which float32 cannot divide.
         top_k: keep the k most likely tokens; 0: all.
         top_p: keep the most likely tokens that together have at least this probability.
         min_p: keep tokens at least this likely relative to the most likely one.
@@ -108,7 +110,11 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether every draw is the argmax of the logits as they are."""
-        return self._params.temperature == 0 and not self._adjusts
+        return self._greedy and not self._adjusts
+
+    @property
+    def _greedy(self) -> bool:
+        return self._params.temperature < _LEAST_TEMPERATURE
 
     @property
     def _adjusts(self) -> bool:
@@ -119,7 +125,7 @@ class Sampler:
     def __call__(self, logits_V: Tensor) -> int:
         if self._adjusts:
             logits_V = self._adjusted(logits_V)
-        if self._params.temperature == 0:
+        if self._greedy:
             token = int(logits_V.argmax())
         else:
             tokens, probabilities = distribution(logits_V, self._params)
@@ -146,8 +152,11 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
     """Tokens that may be drawn and their probabilities (float32, sum 1).
 
     The most likely come first, unless nothing is filtered: then all come in the order of their ids.
+    There is always one, whatever the logits.
     """
-    scaled_V = (logits_V.float().cpu() / params.temperature).nan_to_num(nan=-math.inf)
+    # infinite ones become the largest numbers there are
+    least = torch.finfo(torch.float32).min
+    scaled_V = (logits_V.float().cpu() / params.temperature).nan_to_num(nan=least)
     if 0 < params.top_k < len(scaled_V):
         values, tokens = scaled_V.topk(params.top_k)
         probabilities = values.softmax(0)
@@ -157,6 +166,7 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
         return torch.arange(len(scaled_V)), scaled_V.softmax(0)
     before = probabilities.cumsum(0) - probabilities
     kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    kept[0] = True  # a top-p near 0 is 0 in float32
     probabilities, tokens = probabilities[kept], tokens[kept]
     return tokens, probabilities / probabilities.sum()
 

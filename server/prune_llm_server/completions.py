@@ -60,7 +60,7 @@ async def _plan(
     return planner.plan(record_of(request).id, prompts, rooms, logprobs, reported)
 
 
-async def _encoded(service: Service, prompt: str) -> Sequence[int]:
+async def _encoded(service: Service, prompt: str) -> tuple[int, ...]:
     try:
         return await service.engine.encode(prompt)
     except ValueError as error:

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prune_llm.sampling import Sampler, SamplingParams, distribution, model_defaults
 
@@ -155,3 +157,46 @@ def test_only_an_argmax_of_the_logits_as_they_are_is_plain() -> None:
 def test_bad_penalties_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**settings)  # type: ignore[arg-type]
+
+
+ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
+LOGITS = st.lists(ANY | st.floats(-30, 30, width=32), min_size=1, max_size=40)
+
+
+@given(
+    values=LOGITS,
+    temperature=st.floats(0, allow_infinity=False),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    top_k=st.integers(0, 50),
+    repetition=st.floats(0, exclude_min=True, allow_infinity=False),
+    presence=st.floats(-2, 2),
+)
+def test_whatever_is_asked_a_token_is_drawn(
+    values: list[float],
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    top_k: int,
+    repetition: float,
+    presence: float,
+) -> None:
+    """A server's engine would end over an exception here, and every request with it."""
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        seed=1,
+    )
+    sampler = Sampler(params, prompt=[0])
+    for _ in range(3):
+        assert 0 <= sampler(torch.tensor(values)) < len(values)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 5e-324}, {"top_p": 1e-50}, {"temperature": 1e-300}])
+def test_what_float32_rounds_to_zero_is_greedy(settings: dict[str, float]) -> None:
+    params = SamplingParams(**{"temperature": 1.0, "seed": 3, **settings})
+    assert Sampler(params)(logits(300)) == int(logits(300).argmax())

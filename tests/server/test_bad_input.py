@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
     unsupported_method,
 )
+from serving import Running, metric, running, save_served
+
+from prune_llm_server.embedded import EmbeddedEngine, EngineConfig
+from prune_llm_server.settings import ServerSettings
 
 CHECKS = [
     not_a_server_error,
@@ -80,6 +85,26 @@ CASES = [
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
 def test_cases_of_the_schema(server: Any, path: str, method: str, mode: GenerationMode) -> None:
+    _check_cases(server, path, method, mode, 60 if method == "POST" else 5)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The engine that comes with the server, which has more to fail with than the fake one."""
+    model = save_served(tmp_path_factory.mktemp("served"))
+    engine = EmbeddedEngine(EngineConfig(str(model), "tiny/fake", threads=1), lambda code: None)
+    with running(engine, ServerSettings(port=0)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_cases_of_the_schema_with_a_model(real: Running, path: str, mode: GenerationMode) -> None:
+    _check_cases(real, path, "POST", mode, 30)
+    assert metric(real.url, "engine_restarts_total") == 0
+
+
+def _check_cases(server: Any, path: str, method: str, mode: GenerationMode, count: int) -> None:
     document = server.client.get("/openapi.json").json()
     # so that some cases get as far as an answer
     for name in ("CompletionRequest", "ChatRequest"):
@@ -88,7 +113,7 @@ def test_cases_of_the_schema(server: Any, path: str, method: str, mode: Generati
     schema.config.update(base_url=server.url)
 
     @given(case=schema[path][method].as_strategy(generation_mode=mode))
-    @settings(max_examples=60 if method == "POST" else 5, suppress_health_check=QUIET)
+    @settings(max_examples=count, suppress_health_check=QUIET, deadline=None)
     def check(case: Any) -> None:
         case.call_and_validate(checks=CHECKS, timeout=20)
 
