@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from bench_prune import cpu_model
 from train_sizes import articles
 
 from prune_llm import PruneConfig, prune
-from prune_llm.demo import text as stories_text
+from prune_llm.demo import text as stories
 from prune_llm_eval.compare import EvalConfig, evaluate
 
 Row = dict[str, Any]
@@ -38,6 +38,8 @@ Row = dict[str, Any]
 DENSE_TARGET = {"target": "dense"}
 BALANCED = {"method": "wanda", "target": "dense", "refine": "both"}
 BASELINE = "sparsegpt"
+# of each text: about twice what 96 windows of 256 tokens take; more would only be tokenized
+STORIES, CHARACTERS = 260, 160_000
 CONFIGS: dict[str, dict[str, str]] = {
     BASELINE: {},
     "wanda": {"method": "wanda"},
@@ -69,13 +71,23 @@ KEY = (
 )
 
 
+def _first(documents: list[str]) -> str:
+    """Whole documents from the first on, until there is text enough."""
+    ends = accumulate(len(document) for document in documents)
+    return "".join(
+        document
+        for document, end in zip(documents, ends, strict=True)
+        if end - len(document) < CHARACTERS
+    )
+
+
 def write_texts(wiki: Path, folder: Path) -> dict[str, dict[str, Path]]:
     """Calibration and evaluation text of each domain: disjoint stories, disjoint articles."""
     found = articles(wiki.read_text(encoding="utf-8"))
     half = len(found) // 2
     texts = {
-        "stories": (stories_text("calibration", 400), stories_text("held_out", 400)),
-        "wiki": ("".join(found[:half]), "".join(found[half:])),
+        "stories": (stories("calibration", STORIES), stories("held_out", STORIES)),
+        "wiki": (_first(found[:half]), _first(found[half:])),
     }
     files: dict[str, dict[str, Path]] = {}
     for domain, parts in texts.items():

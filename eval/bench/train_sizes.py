@@ -2,8 +2,8 @@
 
     python eval/bench/train_sizes.py --wiki wikitext2-valid.txt --output DIR [--size small ...]
 
-Writes DIR/small, DIR/medium and DIR/large: five blocks, hidden 64, 128 and 256. `bench_quality.py`
-prunes them. They differ in nothing but width and learning rate, and see the same tokens.
+Writes DIR/small, DIR/medium and DIR/large: five blocks, hidden 64, 128 and 192. `bench_quality.py`
+prunes them. They differ in nothing but their width and how long they learn.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from prune_llm.demo.train import (
     windows,
 )
 
-COMMON = TrainConfig(vocabulary=2048, positions=256, steps=1000, stories=6000, save_every=500)
+COMMON = TrainConfig(vocabulary=2048, positions=256, stories=6000, save_every=500)
+# the wider the model, the more it learns from a token
 SIZES = {
-    "small": replace(COMMON, hidden=64, intermediate=192),
-    "medium": replace(COMMON, hidden=128, intermediate=384),
-    "large": replace(COMMON, hidden=256, intermediate=768, learning_rate=3e-3),
+    "small": replace(COMMON, hidden=64, intermediate=192, steps=1000),
+    "medium": replace(COMMON, hidden=128, intermediate=384, steps=800),
+    "large": replace(COMMON, hidden=192, intermediate=576, steps=600),
 }
 
 
@@ -57,9 +58,10 @@ def mixed(streams: tuple[Tensor, Tensor], config: TrainConfig) -> Iterator[tuple
         yield batch_BT, batch_BT
 
 
-def run(size: str, wiki: Path, output: Path, steps: int) -> None:
+def run(size: str, wiki: Path, output: Path, steps: int | None) -> None:
     """Train one size and write it; the tokenizer is the same for all."""
-    config = replace(SIZES[size], steps=steps)
+    config = SIZES[size]
+    config = replace(config, steps=steps or config.steps)
     texts = stories("train", config.stories)
     documents = articles(wiki.read_text(encoding="utf-8"))
     # a third of the stories' text is about as long as the WikiText
@@ -69,8 +71,8 @@ def run(size: str, wiki: Path, output: Path, steps: int) -> None:
     about = {
         "size": size,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
-        "tokens_trained_on": steps * config.batch_tokens,
+        "steps": config.steps,
+        "tokens_trained_on": config.steps * config.batch_tokens,
         "tokens_of_stories": len(streams[0]),
         "tokens_of_wiki": len(streams[1]),
     }
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--wiki", type=Path, required=True, help="WikiText to train on")
     parser.add_argument("--output", type=Path, required=True, help="directory of the three models")
     parser.add_argument("--size", choices=tuple(SIZES), action="append", help="repeatable; all")
-    parser.add_argument("--steps", type=int, default=COMMON.steps)
+    parser.add_argument("--steps", type=int, help="instead of the size's own")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
