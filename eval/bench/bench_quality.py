@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import accumulate, product
@@ -53,6 +54,7 @@ CONFIGS: dict[str, dict[str, str]] = {
     "sparsegpt, logits": {**DENSE_TARGET, "reconstruction": "logits"},
     "balanced, block": {**BALANCED, "reconstruction": "block"},
     "balanced, logits": {**BALANCED, "reconstruction": "logits"},
+    "balanced, error, block": {**BALANCED, "allocation": "error", "reconstruction": "block"},
     "balanced, error, logits": {**BALANCED, "allocation": "error", "reconstruction": "logits"},
 }
 # of the other patterns; allocations are for unstructured sparsity only
@@ -295,17 +297,17 @@ def main() -> None:
     models = {model.name: model for model in options.model}
     path = options.output / "rows.jsonl"
     done = {key_of(row) for row in read_rows(path)}
-    scratch = options.output / "pruned"
-    # imports and first calls are nobody's cost
-    shutil.rmtree(scratch, ignore_errors=True)
-    prune(options.model[0], PruneConfig(method="magnitude", device="cpu"), scratch)
-    for row in wanted(options):
-        if key_of(row) in done:
-            continue
-        found = measure(row, models[row["model"]], files, scratch)
-        with path.open("a", encoding="utf-8") as rows_file:
-            rows_file.write(json.dumps(found) + "\n")
-        print(json.dumps(found), flush=True)
+    with tempfile.TemporaryDirectory(dir=options.output) as temporary:
+        scratch = Path(temporary) / "pruned"
+        # imports and first calls are nobody's cost
+        prune(options.model[0], PruneConfig(method="magnitude", device="cpu"), scratch)
+        for row in wanted(options):
+            if key_of(row) in done:
+                continue
+            found = measure(row, models[row["model"]], files, scratch)
+            with path.open("a", encoding="utf-8") as rows_file:
+                rows_file.write(json.dumps(found) + "\n")
+            print(json.dumps(found), flush=True)
     rows = read_rows(path)
     about = {"cpu": cpu_model(), "threads": options.threads, "torch": torch.__version__}
     document = json.dumps({**about, "rows": rows}, indent=1)
