@@ -70,6 +70,7 @@ KEY = (
     "seq_len",
     "windows",
     "steps",
+    "rate",
 )
 
 
@@ -105,10 +106,9 @@ def wanted(options: argparse.Namespace) -> Iterator[Row]:
     turns = product(options.pattern, options.seed, options.calibration, options.model)
     for pattern, seed, calibration, model in turns:
         for config in options.config or (CONFIGS if pattern == "0.5" else MAIN):
-            values = (model.name, calibration, pattern, config, seed, options.samples)
-            yield dict(
-                zip(KEY, (*values, options.seq_len, options.windows, options.steps), strict=True)
-            )
+            chosen = {"model": model.name, "calibration": calibration, "pattern": pattern}
+            common = {name: getattr(options, name) for name in KEY if hasattr(options, name)}
+            yield {**common, **chosen, "config": config, "seed": seed}
 
 
 def prune_config(row: Row, calibration: Path) -> PruneConfig:
@@ -116,6 +116,7 @@ def prune_config(row: Row, calibration: Path) -> PruneConfig:
     options: dict[str, Any] = dict(CONFIGS[row["config"]])
     if "reconstruction" in options:
         options["reconstruction_steps"] = row["steps"]
+        options["reconstruction_rate"] = row["rate"]
     return PruneConfig(
         pattern=row["pattern"],
         calibration=str(calibration),
@@ -197,9 +198,14 @@ def distinct(rows: list[Row], name: str) -> list[Any]:
 
 def ratios(rows: list[Row], config: str, value: Any) -> list[float]:
     """``value(row)`` over that of SparseGPT's row with the same key otherwise."""
-    base = {key_of({**row, "config": config}): row for row in select(rows, config=BASELINE)}
-    pairs = [(row, base.get(key_of(row))) for row in select(rows, config=config)]
+    base = {_setting(row): row for row in select(rows, config=BASELINE)}
+    pairs = [(row, base.get(_setting(row))) for row in select(rows, config=config)]
     return [value(row) / value(other) for row, other in pairs if other is not None]
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    """What SparseGPT's result depends on."""
+    return tuple(row[name] for name in KEY if name not in ("config", "steps", "rate"))
 
 
 def median(values: list[float], form: str) -> str:
@@ -284,6 +290,7 @@ def parse() -> argparse.Namespace:
     add("--seq-len", type=int, default=256)
     add("--windows", type=int, default=64, help="of each evaluation text")
     add("--steps", type=int, default=300, help="of reconstruction, a block")
+    add("--rate", type=float, default=0.03, help="of reconstruction (0.03)")
     add("--threads", type=int, default=1)
     return parser.parse_args()
 

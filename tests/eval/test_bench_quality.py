@@ -37,7 +37,8 @@ def row(config: str, calibration: str, kl: float, cpu_s: float, seed: int = 0) -
     scores = {"dense_token_ppl": 2.0, "token_ppl": 3.0, "kl": kl}
     return {
         "model": "small", "calibration": calibration, "pattern": "0.5", "config": config,
-        "seed": seed, "samples": 2, "seq_len": 8, "windows": 2, "steps": 1, "cpu_s": cpu_s,
+        "seed": seed, "samples": 2, "seq_len": 8, "windows": 2, "steps": 1, "rate": 0.5,
+        "cpu_s": cpu_s,
         "domains": {"stories": scores, "wiki": {**scores, "kl": 2 * kl}},
     }  # fmt: skip
 
@@ -87,7 +88,7 @@ def test_ratios_pair_rows_of_one_run(bench: Any) -> None:
 def test_every_configuration_is_one(bench: Any) -> None:
     options = argparse.Namespace(
         pattern=["0.5", "2:4"], seed=[0, 3], calibration=["wiki"], model=[Path("a"), Path("b")],
-        config=None, samples=4, seq_len=8, windows=2, steps=7,
+        config=None, samples=4, seq_len=8, windows=2, steps=7, rate=0.25,
     )  # fmt: skip
     keys = list(bench.wanted(options))
     assert len({bench.key_of(key) for key in keys}) == len(keys)
@@ -95,5 +96,7 @@ def test_every_configuration_is_one(bench: Any) -> None:
     configs = [bench.prune_config(key, Path("text")) for key in keys]
     assert {config.sampling for config in configs if config.seed == 0} == {"first"}
     assert {config.sampling for config in configs if config.seed == 3} == {"random"}
-    steps = {config.reconstruction: config.reconstruction_steps for config in configs}
-    assert steps == {"none": None, "block": 7, "logits": 7}
+    trained = {(config.reconstruction, config.reconstruction_steps) for config in configs}
+    assert trained == {("none", None), ("block", 7), ("logits", 7)}
+    rates = {config.reconstruction_rate for config in configs if config.reconstruction != "none"}
+    assert rates == {0.25}
