@@ -265,8 +265,16 @@ def gain_table(rows: list[Row]) -> str:
     return table(["configuration", *(f"{m}, {names[same]}" for m, same in columns)], lines)
 
 
+def label(row: Row) -> str:
+    """The configuration, with the budget and rate of its reconstruction if it has one."""
+    name: str = row["config"]
+    trained = "reconstruction" in CONFIGS[name]
+    return f"{name}, {row['steps']} steps at {row['rate']:g}" if trained else name
+
+
 def tables(rows: list[Row]) -> str:
     """All of them, as markdown."""
+    rows = [{**row, "config": label(row)} for row in rows]
     parts = []
     for pattern in distinct(rows, "pattern"):
         chosen = select(rows, pattern=pattern)
