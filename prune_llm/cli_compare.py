@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from prune_llm.cli_prune import PRUNE_OPTIONS, add_options
+from prune_llm.cli_prune import OTHER_OPTIONS, add_options, published
 from prune_llm.cli_sparsify import parse_shares
 from prune_llm.cli_tables import _short, new_table, size
 from prune_llm.masks import Pattern
@@ -52,7 +52,7 @@ WARNINGS = 5
     show_default=True,
     help="Increase in perplexity within which a sparsity is called essential.",
 )
-@add_options(tuple(o for o in PRUNE_OPTIONS if o is not PRUNE_OPTIONS[0]))
+@add_options(OTHER_OPTIONS)
 def compare_command(
     model: str, output: str, methods: str, patterns: str, knee: str, **options: Any
 ) -> None:
@@ -67,7 +67,7 @@ def compare_command(
     config = ComparisonConfig(
         methods=_listed(methods),
         patterns=tuple(map(_pattern, _listed(patterns))),
-        prune=PruneConfig(**options),
+        prune=PruneConfig(**published(options)),
         knee=_share("knee", knee),
         **own,
     )

@@ -18,8 +18,9 @@ from prune_llm.activation.texts import LEAST_WINDOWS
 from prune_llm.allocation import ALLOCATIONS
 from prune_llm.cli_sparsify import parse_shares, print_levels
 from prune_llm.cli_tables import print_prune_report, print_search
+from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS
-from prune_llm.presets import CHOSEN, DEFAULT, PRESETS, preset
+from prune_llm.presets import CHOSEN, DEFAULT, PARTS, PRESETS, preset
 from prune_llm.prune import FORMATS, TARGETS, PruneConfig, prune
 from prune_llm.pruning_level import Try, prune_within
 from prune_llm.refinement import REFINEMENTS
@@ -44,13 +45,16 @@ def chosen_option(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.option(f"--{name}", name, **settings)
 
 
-PRUNE_OPTIONS = (
+METHOD_OPTIONS = (
     click.option(
         "--quality",
         help=f"{', '.join(PRESETS)}: chooses what is not given of --{', --'.join(CHOSEN)}.  "
-        f"[default: {DEFAULT}, where none of them is given]",
+        f"[default: {DEFAULT}, where none of them but --allocation is given]",
     ),
     chosen_option("method", help=f"Pruning method: {', '.join(METHODS)}."),
+)
+# of whatever method
+OTHER_OPTIONS = (
     option("calibration", help="Text, JSONL, dataset NAME[:CONFIG[:SPLIT]] or 'bundled' stories."),
     option("separator", help="Line between the documents of a text file."),
     option("samples", type=int, help="Calibration samples."),
@@ -73,7 +77,7 @@ PRUNE_OPTIONS = (
     option("reconstruction_steps", type=int, help="Training steps a block.  [default: 400]"),
     option("reconstruction_minutes", type=float, help="Training time of the whole run at most."),
     option("reconstruction_rate", type=float, help="Highest step, as a share of a weight's size."),
-    option(
+    chosen_option(
         "allocation",
         help=f"How linears share the sparsity: {', '.join(ALLOCATIONS)}.",
     ),
@@ -90,6 +94,7 @@ PRUNE_OPTIONS = (
     option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]"),
     click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'."),
 )
+PRUNE_OPTIONS = (*METHOD_OPTIONS, *OTHER_OPTIONS)
 ACTIVATION_OPTIONS = (
     click.option(
         "--activation-criterion",
@@ -175,22 +180,25 @@ def quality_chosen(options: dict[str, Any]) -> dict[str, Any]:
     """
     rest = dict(options)
     quality = rest.pop("quality")
-    if quality is None and all(rest[name] is None for name in CHOSEN):
+    if quality is None and all(rest[name] is None for name in PARTS):
         quality = DEFAULT
-    fields = {} if quality is None else preset(quality)
-    for name in CHOSEN:
-        if rest[name] is None:
-            rest[name] = fields.get(name, DEFAULTS[name])
-    return rest
+    pattern = Pattern.parse(rest.get("pattern", DEFAULTS["pattern"]))
+    fields = {} if quality is None else preset(quality, pattern)
+    return published({**rest, **{k: v for k, v in fields.items() if rest[k] is None}})
+
+
+def published(options: dict[str, Any]) -> dict[str, Any]:
+    """What was not given of a quality's choices stays out: any method as it was published."""
+    missing = {name for name in CHOSEN if options.get(name, "") is None}
+    return {**options, **{name: DEFAULTS[name] for name in missing}}
 
 
 def _config(sparsity: str | None, pattern: str | None, options: dict[str, Any]) -> PruneConfig:
-    options = quality_chosen(options)
     if sparsity is not None and ":" in sparsity:
         raise ValueError(f"sparsity {sparsity!r}: must be a share in (0, 1); N:M goes to --pattern")
     options["pattern"] = sparsity or pattern or DEFAULTS["pattern"]
     try:
-        return PruneConfig(**options)
+        return PruneConfig(**quality_chosen(options))
     except ValueError as error:
         asked = "pattern" if sparsity is None else "sparsity"
         raise ValueError(str(error).replace("pattern ", f"{asked} ", 1)) from None

@@ -91,7 +91,8 @@ class PruneConfig:
             predictions ("logits").
         reconstruction_steps: at most so many for each block (None: 400, or as many as the minutes
             allow); reconstruction_minutes: of training in the whole run, the same for each block.
-        reconstruction_rate: highest step of a weight, as a share of its matrix's root mean square.
+        reconstruction_rate: highest step of a weight, as a share of its matrix's root mean square;
+            None: by the model's width, see `reconstruction.default_rate`.
         refine: what is done to a method's result on the Gram matrix (see `refinement`): "none",
             "swaps" in its mask, "backsolve" of its weights, or "both".
         allocation: how the linears share the sparsity: "uniform", or a key of ``ALLOCATIONS``.
@@ -118,7 +119,7 @@ class PruneConfig:
     reconstruction: str = "none"
     reconstruction_steps: int | None = None
     reconstruction_minutes: float | None = None
-    reconstruction_rate: float = 0.03
+    reconstruction_rate: float | None = None
     refine: str = "none"
     allocation: str = "uniform"
     overrides: tuple[str, ...] = ()
@@ -154,7 +155,8 @@ class PruneConfig:
         Raises:
             ValueError: there is no such preset, or a bad option.
         """
-        return cls(**{**preset(quality), **options})
+        pattern = Pattern.parse(options.get("pattern", cls.pattern))
+        return cls(**{**preset(quality, pattern), **options})
 
     def _check_reconstruction(self) -> None:
         for name in ("reconstruction_steps", "reconstruction_minutes", "reconstruction_rate"):
@@ -163,7 +165,7 @@ class PruneConfig:
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} {value}: must be above 0")
-            if self.reconstruction == "none" and name != "reconstruction_rate":
+            if self.reconstruction == "none":
                 raise ValueError(
                     f"{name} {value}: nothing is reconstructed; give --reconstruction as well, "
                     f"{' or '.join(GOALS[1:])}"
@@ -399,12 +401,16 @@ class Job:
         )
 
     @property
+    def width(self) -> int:
+        """Features of the hidden states."""
+        return int(self.architecture.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
     def batch_size(self) -> int:
         """Samples run at once: as asked, or enough for the matrix products to be efficient."""
         if self.config.batch_size is not None or self.calibration is None:
             return self.config.batch_size or 1
-        hidden = int(self.architecture.model.config.get_text_config(decoder=True).hidden_size)
-        tokens = max(MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, BATCH_VALUES // hidden))
+        tokens = max(MIN_BATCH_TOKENS, min(MAX_BATCH_TOKENS, BATCH_VALUES // self.width))
         return max(1, tokens // self.calibration.samples_ST.shape[1])
 
     def tick(self, block: int, phase: str) -> None:

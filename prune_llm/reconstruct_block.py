@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prune_llm.blocks import Block
 from prune_llm.goals import BlockGoal, Goal, LogitsGoal, Runner, in_float32
-from prune_llm.reconstruction import CHECKS, DEFAULT_STEPS, Training, train
+from prune_llm.reconstruction import CHECKS, DEFAULT_STEPS, Training, default_rate, train
 from prune_llm.report import count_nonzero
 from prune_llm.tail import Tail
 
@@ -76,9 +76,10 @@ def training_of(job: Job) -> Training:
     """The minutes are shared out evenly over the blocks."""
     config, blocks = job.config, len(job.architecture.blocks)
     minutes, steps = config.reconstruction_minutes, config.reconstruction_steps
+    rate = config.reconstruction_rate
     return Training(
         steps=DEFAULT_STEPS if minutes is None and steps is None else steps,
         seconds=None if minutes is None else 60 * minutes / blocks,
-        rate=config.reconstruction_rate,
+        rate=default_rate(job.width) if rate is None else rate,
         seed=config.seed,
     )

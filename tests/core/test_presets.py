@@ -13,7 +13,13 @@ from prune_llm.cli_prune import quality_chosen
 from prune_llm.presets import CHOSEN, PRESETS
 from prune_llm.prune import PruneConfig, prune
 
-PUBLISHED = {"method": "sparsegpt", "target": "pruned", "refine": "none", "reconstruction": "none"}
+PUBLISHED = {
+    "method": "sparsegpt",
+    "target": "pruned",
+    "refine": "none",
+    "reconstruction": "none",
+    "allocation": "uniform",
+}
 
 
 def chosen(**given: str) -> dict[str, Any]:
@@ -32,12 +38,24 @@ def test_the_command_line_takes_balanced_unless_a_part_is_given() -> None:
     assert chosen() == chosen(quality="balanced") == balanced
     assert chosen(method="wanda") == {**PUBLISHED, "method": "wanda", "samples": 3}
     assert chosen(target="dense") == {**PUBLISHED, "target": "dense", "samples": 3}
+    assert chosen(allocation="owl") == {**balanced, "allocation": "owl"}
     both = chosen(quality="best", reconstruction="block", refine="swaps")
     expected = {**PRESETS["best"], "reconstruction": "block", "refine": "swaps"}
     assert both == {**PUBLISHED, **expected, "samples": 3}
+    # nothing to allocate
+    assert chosen(quality="best", pattern="2:4") == {
+        **PUBLISHED,
+        **PRESETS["best"],
+        "allocation": "uniform",
+        "pattern": "2:4",
+        "samples": 3,
+    }
 
 
 def test_python_takes_the_same() -> None:
+    best = PruneConfig.of_quality("best", pattern="2:4", reconstruction_steps=3)
+    assert (best.allocation, best.reconstruction, best.pattern) == ("uniform", "logits", "2:4")
+    assert PruneConfig.of_quality("best").allocation == "error"
     config = PruneConfig.of_quality("fast", pattern="2:4", refine="swaps")
     assert config == PruneConfig(method="wanda", pattern="2:4", refine="swaps")
     with pytest.raises(ValueError, match="quality 'good': unknown; choose one of fast, balanced"):
