@@ -236,7 +236,7 @@ def bench_command(
 @main.command("demo")
 @click.option("-o", "--output", default="out/demo", show_default=True, help="Working directory.")
 def demo_command(output: str) -> None:
-    """Prune, verify and measure the bundled model with every method; about two minutes."""
+    """Prune, verify and measure the bundled model in four ways; about a minute."""
     from prune_llm.cli_demo import run_demo
 
     run_demo(console, Path(output))

@@ -1,4 +1,4 @@
-"""`prune-llm demo`: the whole job on the bundled model, with every method."""
+"""`prune-llm demo`: the whole job on the bundled model, in four ways."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from prune_llm.cli_tables import print_prune_report, print_quality
 from prune_llm.demo import model_path
 from prune_llm.prune import PruneConfig, prune
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
 SPARSITY = "0.5"
+CONFIGS = {
+    **{
+        method: PruneConfig(method=method, pattern=SPARSITY)
+        for method in ("magnitude", "wanda", "sparsegpt")
+    },
+    "balanced": PruneConfig.of_quality("balanced", pattern=SPARSITY),
+}
 PROMPT_SEED = 1
 STORY_TOKENS = 300
 
 
 def run_demo(console: Console, output: Path) -> None:
-    """Prune with the three methods, verify, compare on held-out stories, tell a story each."""
+    """Prune in four ways, verify, compare on held-out stories, tell a story each."""
     from prune_llm.cli import eval_bar
     from prune_llm_eval.compare import EvalConfig, evaluate_all
 
     dense = model_path()
     console.rule(f"pruning the bundled model to {SPARSITY} sparsity")
     models = [dense]
-    for method in METHODS:
-        models.append(_prune(console, dense, output / method, method))
+    for name, config in CONFIGS.items():
+        models.append(_prune(console, dense, output / name, config))
     console.rule("what it cost, on held-out stories")
     with eval_bar() as show:
         rows = evaluate_all([str(model) for model in models], EvalConfig(windows=100), show)
@@ -35,17 +41,17 @@ def run_demo(console: Console, output: Path) -> None:
     console.rule("the same beginning, continued")
     for model in (dense, models[-1]):
         console.print(f"[bold]{'dense' if model == dense else model.name}[/]: {tell(model)}\n")
-    _next_steps(console, dense, models[-1])
+    _next_steps(console, dense)
 
 
-def _prune(console: Console, dense: Path, output: Path, method: str) -> Path:
+def _prune(console: Console, dense: Path, output: Path, config: PruneConfig) -> Path:
     from prune_llm.cli import progress_bar
 
     if output.is_dir():
         _check_ours(output)
         shutil.rmtree(output)
     with progress_bar() as show:
-        report = prune(dense, PruneConfig(method=method, pattern=SPARSITY), output, show)
+        report = prune(dense, config, output, show)
     print_prune_report(console, report)
     return output
 
@@ -71,12 +77,11 @@ def tell(model: Path) -> str:
     return str(tokenizer.decode(told[0], skip_special_tokens=True)).strip()
 
 
-def _next_steps(console: Console, dense: Path, pruned: Path) -> None:
+def _next_steps(console: Console, dense: Path) -> None:
     console.rule("what to try next")
     console.print(
         f"The bundled model is [bold]{dense}[/]. For a model of your own:\n"
-        f"  prune-llm prune MODEL -o OUT --method {pruned.name} --sparsity 0.5 "
-        "--calibration your_text.txt\n"
+        "  prune-llm prune MODEL -o OUT --sparsity 0.5 --calibration your_text.txt\n"
         "  prune-llm eval OUT --against MODEL --text other_text.txt\n"
         "  prune-llm generate OUT --prompt 'Once upon a time'\n"
         "  prune-llm prune MODEL -o OUT --pattern 2:4      # hardware-friendly groups\n"
