@@ -25,8 +25,9 @@ from prune_llm.methods.backsolve import backsolve
 from prune_llm.methods.gram import ScaledGram, scaled_gram
 
 REFINEMENTS = ("none", "swaps", "backsolve", "both")
-# of the back-solve: after 3 the reference model is within 2 % of where 10 take it, either way
-STEPS = 3
+# of the back-solve: 3 of 10 steps leave the perplexity of the reference model 0 to 4 % higher, for
+# a third of the time; behind swaps, which take far longer, that would save little
+BACKSOLVE_STEPS = {"backsolve": 3, "both": 10}
 # of a row: swaps at most; unstructured, how many weights are looked at for each side of a swap
 SWAPS, CANDIDATES = 100, 32
 # a swap must gain this share of the row's error, or rounding would swap for ever
@@ -49,7 +50,8 @@ def refined(problem: Problem, solutions: list[Solution], refinement: str) -> lis
         if refinement != "backsolve":
             solved_OI, keep_OI = swap(gram, dense_OI, solved_OI, keep_OI, pattern)
         if refinement != "swaps":
-            solved_OI = backsolve(gram, dense_OI, solved_OI, keep_OI, STEPS)
+            steps = BACKSOLVE_STEPS[refinement]
+            solved_OI = backsolve(gram, dense_OI, solved_OI, keep_OI, steps)
         # weights of dead inputs: as they were where they stay, as they are where they came back
         dead_OI = torch.where(found.keep_OI, found.weight_OI, weight_OI)
         weights_OI = torch.where(gram.dead_I, dead_OI, solved_OI / gram.scale_I)
