@@ -40,7 +40,7 @@ from prune_llm.plan import Plan, check_allocation, make_plan
 from prune_llm.presets import DEFAULT as DEFAULT_QUALITY
 from prune_llm.presets import preset
 from prune_llm.prune_block import prune_block
-from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples
+from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
@@ -455,7 +455,9 @@ class Job:
             + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),
             seconds=seconds,
             peak_memory=peak_memory(self.device),
-            warnings=self.warnings + _pairing_warnings(self.partly_paired),
+            warnings=self.warnings
+            + _pairing_warnings(self.partly_paired)
+            + training_warnings(self.reconstruction),
         )
 
 

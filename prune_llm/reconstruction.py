@@ -41,6 +41,18 @@ BETAS = (0.9, 0.95)
 DEFAULT_STEPS = 400
 
 
+def training_warnings(blocks: list[BlockReconstruction]) -> list[str]:
+    """Of blocks that training did not help."""
+    failed = sum(1 for block in blocks if block.kept_step == 0)
+    if failed == 0:
+        return []
+    return [
+        f"reconstruction: {failed} of {len(blocks)} blocks kept the solver's weights, because none "
+        "that were trained did better on the held-out samples; give a lower --reconstruction-rate "
+        "or more samples"
+    ]
+
+
 def default_rate(width: int) -> float:
     """A rate for hidden states of so many features: 0.03 for 64, less with the root of more.
 

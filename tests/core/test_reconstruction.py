@@ -327,6 +327,11 @@ def test_progress_reaches_its_total(
     assert [p.done for p in seen] == list(range(1, seen[0].total + 1))  # type: ignore[operator]
     assert [b.name for b in report.reconstruction] == ["model.layers.0", "model.layers.2"]
     assert all(b.kept_step == 0 and b.after == b.before for b in report.reconstruction)
+    (told,) = [warning for warning in report.warnings if warning.startswith("reconstruction: ")]
+    assert told.startswith("reconstruction: 2 of 2 blocks kept the solver's weights, because none")
+    gained = prune(tiny_llama, config(corpus, reconstruction="block"), tmp_path / "gained")
+    stayed = sum(block.kept_step == 0 for block in gained.reconstruction)
+    assert any(f"{stayed} of 3 blocks" in warning for warning in gained.warnings) == (stayed > 0)
 
 
 def test_streaming_the_blocks_behind_changes_nothing(
