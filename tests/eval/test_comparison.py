@@ -347,8 +347,10 @@ def test_killed_at_random_it_ends_the_same(
     """SIGKILL somewhere; then the same command to its end."""
     output = tmp_path / "out"
     command = [sys.executable, "-m", "prune_llm", *arguments(tiny_llama, corpus, other, output)]
+    # as many threads as `whole` was made with, which tests before this one may have changed
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     least = random.Random(os.getpid()).randint(2, 18)
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment) as process:
         while process.poll() is None and lines(output) < least:
             time.sleep(0.001)
         process.kill()
@@ -356,7 +358,7 @@ def test_killed_at_random_it_ends_the_same(
     assert process.returncode == -signal.SIGKILL, "it was faster than the kill"
     assert not (output / "comparison.json").exists()
     before = (output / JOURNAL_FILE).read_text().splitlines()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     after = (output / JOURNAL_FILE).read_text().splitlines()
     assert len(before) >= least and after[: len(before) - 1] == before[:-1]
