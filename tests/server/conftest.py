@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -38,10 +39,17 @@ def server() -> Iterator[Running]:
 
 @pytest.fixture
 def log() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What the server logs, line by line."""
-    stream = io.StringIO()
+    """What the server logs, line by line, of all that begins after this."""
+    began, stream = time.time(), io.StringIO()
+
+    def ours(record: logging.LogRecord) -> bool:
+        """A request is logged behind its answer: the last one of an earlier test may come late."""
+        seconds: float = getattr(record, "fields", {}).get("seconds", 0.0)
+        return record.created - seconds >= began
+
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
+    handler.addFilter(ours)
     loggers = [logging.getLogger(name) for name in ("prune_llm_server", "uvicorn")]
     for logger in loggers:
         logger.addHandler(handler)
