@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prune_llm.cli_prune import OTHER_OPTIONS, add_options, published
 from prune_llm.cli_sparsify import parse_shares
-from prune_llm.cli_tables import _short, new_table, size
+from prune_llm.cli_tables import new_table, short, size
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS
 from prune_llm.prune import PruneConfig
@@ -114,7 +114,7 @@ def print_comparison(console: Console, report: ComparisonReport) -> None:
     """Every variant, essential sparsity by method, and what the run took."""
     scored, kind = report.dense.quality.tokens, report.config["statistics"]
     table = new_table(
-        f"{scored} tokens of {_short(report.config['text'])}, {kind} statistics", COLUMNS
+        f"{scored} tokens of {short(report.config['text'])}, {kind} statistics", COLUMNS
     )
     method = report.dense.method
     for row in report.rows:

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from prune_llm.cli_tables import _short, new_table
+from prune_llm.cli_tables import new_table, short
 
 if TYPE_CHECKING:
     from prune_llm_eval.compare import ModelQuality
@@ -32,7 +32,7 @@ def print_forgotten(console: Console, row: ModelQuality, first: ModelQuality) ->
     """What the means hide about how the row differs from the first model."""
     found = row.forgotten
     assert found is not None
-    title = f"what {visible(_short(row.name))} forgot of {visible(_short(first.name))}"
+    title = f"what {visible(short(row.name))} forgot of {visible(short(first.name))}"
     console.print(Text(f"\n{title}", "bold"), soft_wrap=True)
     if found.kl_of_worst_percent is None and found.flips == 0:
         console.print("nothing differs: the models predict the same at every token")

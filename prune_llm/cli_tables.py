@@ -188,7 +188,7 @@ def _level_cells(row: ModelQuality, first: ModelQuality) -> list[str]:
 def _quality_cells(row: ModelQuality) -> list[str]:
     quality = row.quality
     return [
-        _short(row.name),
+        short(row.name),
         f"{quality.token_ppl:.4f}",
         f"{quality.nll:.3f}±{quality.nll_stderr:.3f}",
         "-" if quality.kl is None else f"{quality.kl:.4f}",
@@ -198,7 +198,7 @@ def _quality_cells(row: ModelQuality) -> list[str]:
     ]
 
 
-def _short(path: str) -> str:
+def short(path: str) -> str:
     """The end of a long path: a table has no room for more."""
     return path if len(path) <= 24 else f"…/{Path(path).name}"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from prune_llm.cli_tables import _short, new_table
+from prune_llm.cli_tables import new_table, short
 
 if TYPE_CHECKING:
     from prune_llm_eval.tasks import TaskReport, TaskRow
@@ -72,7 +72,7 @@ def print_tasks(console: Console, report: TaskReport) -> None:
     note = "value ± standard error; (n): documents"
     if compared:
         note += (
-            f"; change: from {_short(report.models[0])}, ± standard error of the paired "
+            f"; change: from {short(report.models[0])}, ± standard error of the paired "
             "difference; better/worse: documents that changed; differs: by more than 1.96 standard "
             "errors, as one equal pair in 20 would by chance"
         )
@@ -89,7 +89,7 @@ def _title(row: TaskRow) -> str:
 
 
 def _cells(row: TaskRow) -> list[str]:
-    cells = [f"  {_short(row.model)}", _plus_minus(row.value, row.stderr)]
+    cells = [f"  {short(row.model)}", _plus_minus(row.value, row.stderr)]
     if row.paired is None:
         return [*cells, "-", "-", "-"]
     paired = row.paired
