@@ -140,9 +140,10 @@ class Sampler:
             logits_V[token] += bias
         if params.repetition_penalty != 1:
             seen = torch.tensor(sorted(self._prompt | self._drawn.keys()))
-            values = logits_V[seen]
+            values = logits_V[seen].double()  # float32 has no number for every penalty: 0 x inf
             penalty = params.repetition_penalty
-            logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            penalised = torch.where(values > 0, values / penalty, values * penalty)
+            logits_V[seen] = penalised.float()
         for token, count in self._drawn.items():
             logits_V[token] -= params.presence_penalty + params.frequency_penalty * count
         return logits_V
@@ -152,11 +153,16 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
     """Tokens that may be drawn and their probabilities (float32, sum 1).
 
     The most likely come first, unless nothing is filtered: then all come in the order of their ids.
-    There is always one, whatever the logits.
+    There is always one, whatever is asked.
+
+    Raises:
+        ValueError: no logit is a number.
     """
+    scaled_V = logits_V.float().cpu() / params.temperature
+    if bool(scaled_V.isnan().all()):
+        raise ValueError("the model's logits are not numbers; check its weights, or try float32")
     # infinite ones become the largest numbers there are
-    least = torch.finfo(torch.float32).min
-    scaled_V = (logits_V.float().cpu() / params.temperature).nan_to_num(nan=least)
+    scaled_V.nan_to_num_(nan=torch.finfo(torch.float32).min)
     if 0 < params.top_k < len(scaled_V):
         values, tokens = scaled_V.topk(params.top_k)
         probabilities = values.softmax(0)

@@ -1,5 +1,6 @@
 """Sampling filters against their definitions, and draws against the distribution."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,11 @@ def test_the_seed_decides_the_draws() -> None:
 
 def test_temperature_zero_is_greedy_and_the_lowest_id_wins() -> None:
     assert Sampler(SamplingParams())(torch.tensor([0.0, 2.0, 2.0, 1.0])) == 1
+
+
+def test_logits_without_a_number_are_an_error() -> None:
+    with pytest.raises(ValueError, match="logits are not numbers; check its weights"):
+        Sampler(SamplingParams(temperature=1.0, top_p=0.5))(torch.full((5,), torch.nan))
 
 
 def test_nan_logits_are_never_drawn() -> None:
@@ -181,7 +187,10 @@ def test_whatever_is_asked_a_token_is_drawn(
     repetition: float,
     presence: float,
 ) -> None:
-    """A server's engine would end over an exception here, and every request with it."""
+    """A server's engine would end over an exception here, and every request with it.
+
+    Only a model that computes no number at all is told so.
+    """
     params = SamplingParams(
         temperature=temperature,
         top_p=top_p,
@@ -192,6 +201,10 @@ def test_whatever_is_asked_a_token_is_drawn(
         seed=1,
     )
     sampler = Sampler(params, prompt=[0])
+    if temperature >= 1e-5 and all(map(math.isnan, values)):
+        with pytest.raises(ValueError, match="logits are not numbers"):
+            sampler(torch.tensor(values))
+        return
     for _ in range(3):
         assert 0 <= sampler(torch.tensor(values)) < len(values)
 
