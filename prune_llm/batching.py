@@ -6,6 +6,7 @@ are wanted, V = vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -117,8 +118,12 @@ class Batcher:
                 sequence.active_rows += len(segment.tokens)
                 sequence.active_sum += share * len(segment.tokens)
         events = []
-        for sequence, token, score in _draw(sequences, segments, ran):
-            events.append(self._advance(sequence, token, score))
+        for sequence, drawn, score in _draw(sequences, segments, ran):
+            if isinstance(drawn, ValueError):
+                self.cancel(sequence.request.id)
+                events.append(SequenceEvent(sequence.request.id, None, error=str(drawn)))
+            else:
+                events.append(self._advance(sequence, drawn, score))
         return events
 
     def _advance(
@@ -178,8 +183,9 @@ def check_request(request: SequenceRequest, runner: Runner) -> None:
         )
 
 
-# a sequence, the token it got (None: only its prompt was asked for), and its score if asked
-_Drawn = tuple[LiveSequence, int | None, ScoredToken | None]
+# a sequence, the token it got (None: only its prompt was asked for) or why there is none, and the
+# token's score if asked
+_Drawn = tuple[LiveSequence, int | ValueError | None, ScoredToken | None]
 
 
 def _draw(
@@ -188,7 +194,8 @@ def _draw(
     """Score the prompts' tokens and draw the next one of every sequence that is computed so far."""
     logits_WV, row = ran.logits_WV, 0
     # the lowest of equals, as argmax, which takes four times as long in bfloat16
-    greedy = logits_WV.max(-1).indices.tolist() if len(logits_WV) else []
+    values_W, tokens_W = logits_WV.max(-1) if len(logits_WV) else (logits_WV, logits_WV)
+    values, greedy = values_W.tolist(), tokens_W.tolist()
     for sequence, segment in zip(sequences, segments, strict=True):
         end = segment.start + len(segment.tokens)
         last = end == len(sequence.tokens)
@@ -201,8 +208,12 @@ def _draw(
         if sequence.request.params.max_tokens == 0:
             yield sequence, None, None
             continue
-        plain = sequence.sampler.plain
-        token = greedy[row - 1] if plain else sequence.sampler(rows_TV[-1])
+        try:
+            plain = sequence.sampler.plain and not math.isnan(values[row - 1])
+            token = greedy[row - 1] if plain else sequence.sampler(rows_TV[-1])
+        except ValueError as error:
+            yield sequence, error, None
+            continue
         scored = sequence.request.logprobs is not None
         yield sequence, token, _scores(sequence, rows_TV[-1:], [token])[0] if scored else None
 

@@ -123,10 +123,19 @@ class Sampler:
         return any(penalties) or bool(params.logit_bias)
 
     def __call__(self, logits_V: Tensor) -> int:
+        """The next token, whatever is asked.
+
+        Raises:
+            ValueError: the model computed no number at all.
+        """
+        if bool(logits_V.isnan().all()):
+            raise ValueError(
+                "the model's logits are not numbers; check its weights, or try float32"
+            )
         if self._adjusts:
             logits_V = self._adjusted(logits_V)
         if self._greedy:
-            token = int(logits_V.argmax())
+            token = int(logits_V.nan_to_num(nan=-torch.inf).argmax())
         else:
             tokens, probabilities = distribution(logits_V, self._params)
             token = int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
@@ -153,16 +162,11 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tens
     """Tokens that may be drawn and their probabilities (float32, sum 1).
 
     The most likely come first, unless nothing is filtered: then all come in the order of their ids.
-    There is always one, whatever is asked.
-
-    Raises:
-        ValueError: no logit is a number.
+    There is always one, whatever the logits.
     """
-    scaled_V = logits_V.float().cpu() / params.temperature
-    if bool(scaled_V.isnan().all()):
-        raise ValueError("the model's logits are not numbers; check its weights, or try float32")
     # infinite ones become the largest numbers there are
-    scaled_V.nan_to_num_(nan=torch.finfo(torch.float32).min)
+    least = torch.finfo(torch.float32).min
+    scaled_V = (logits_V.float().cpu() / params.temperature).nan_to_num(nan=least)
     if 0 < params.top_k < len(scaled_V):
         values, tokens = scaled_V.topk(params.top_k)
         probabilities = values.softmax(0)

@@ -60,6 +60,7 @@ class SequenceEvent:
         cached_tokens: of the prompt that were not computed for it; in the first event.
         active: share of the linears' inputs that counted behind the prompt, in the last event, at
             a level that skips some; see `Ran.active`.
+        error: why the sequence ended without a token.
     """
 
     id: str
@@ -69,6 +70,7 @@ class SequenceEvent:
     finish_reason: str | None = None
     cached_tokens: int = 0
     active: float | None = None
+    error: str | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -278,6 +278,8 @@ async def _next(answers: asyncio.Queue[Message | EngineError]) -> list[Message]:
             raise event
         if "refused" in event:
             raise ValueError(event["refused"])
+        if "error" in event:
+            raise Failed(event["error"])
         events.append(event)
     return events
 

@@ -257,7 +257,7 @@ def _lean(event: SequenceEvent) -> Message:
         lean["score"] = asdict(event.score)
     if event.prompt:
         lean["prompt"] = [asdict(score) for score in event.prompt]
-    for name in ("finish_reason", "cached_tokens", "active"):
+    for name in ("finish_reason", "cached_tokens", "active", "error"):
         if value := getattr(event, name):
             lean[name] = value
     return lean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -579,3 +580,25 @@ def test_nobody_joins_without_pages_for_the_whole_prompt() -> None:
         batcher.step()
         assert (batcher.status.running, batcher.status.preemptions) == (running, 0)
         assert len(run(batcher)) == 3 and batcher.status.preemptions == 0
+
+
+class Unwell(PagedWords):
+    """Computes no number behind token 4."""
+
+    def _logits(self, segment: Segment, count: int) -> list[float]:
+        if 4 in [self._stored[segment.pages[p // PAGE], p % PAGE][0] for p in range(count)]:
+            return [math.nan] * self.vocabulary
+        return super()._logits(segment, count)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 60.0, "seed": 5}])
+def test_logits_that_are_not_numbers_end_their_own_sequence(settings: dict[str, Any]) -> None:
+    text = [0, 1, 1] * 10
+    well = ask("well", text, 1, logprobs=None, **settings)
+    alone = run(Batcher(PagedWords(12, max_rows=4)), [well])["well"]
+    batcher = Batcher(Unwell(12, max_rows=4))
+    events = run(batcher, [ask("unwell", [*text, 4], 9, logprobs=None, **settings), well])
+    (ended,) = events["unwell"]
+    assert ended.token is None and "logits are not numbers" in (ended.error or "")
+    assert answer(events["well"]) == answer(alone)
+    assert batcher.status.pages_held == 0

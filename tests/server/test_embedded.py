@@ -22,9 +22,9 @@ from serving import Running, ask, metric, running, save_served, until
 
 import prune_llm
 from prune_llm.sampling import SamplingParams
-from prune_llm_server.embedded import EmbeddedEngine, EngineConfig
+from prune_llm_server.embedded import EmbeddedEngine, EngineConfig, _next
 from prune_llm_server.encoding import Encoder, Interrupted, interrupted_after
-from prune_llm_server.engine import EngineRequest, TimeLimit
+from prune_llm_server.engine import EngineRequest, Failed, TimeLimit
 from prune_llm_server.settings import ServerSettings
 
 MODEL = "tiny/fake"  # the name that Running asks for
@@ -456,3 +456,14 @@ def test_a_prompt_at_the_limit_is_encoded_or_refused_and_harms_no_other() -> Non
                 found = "interrupted"
             assert found in ("done", "interrupted")
             assert pool.submit(lambda: "next").result(timeout=10) == "next"
+
+
+def test_a_sequence_that_ends_in_an_error_fails_its_request() -> None:
+    async def ask() -> None:
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        answers.put_nowait({"id": "1", "token": 5})
+        answers.put_nowait({"id": "1", "token": None, "error": "logits are not numbers"})
+        await _next(answers)
+
+    with pytest.raises(Failed, match="logits are not numbers"):
+        asyncio.run(ask())
