@@ -4,6 +4,7 @@ Built without optimisation to save time; kernels/sanitize.sh runs the optimised 
 UndefinedBehaviorSanitizer.
 """
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -35,10 +36,38 @@ def build_selftest(folder: Path, *settings: str) -> Path:
     return folder / "selftest"
 
 
-def test_memory_of_every_instruction_set(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def with_addresses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The self test under AddressSanitizer."""
     tool("c++", "g++", "clang++")
-    output = run(build_selftest(tmp_path, "PRUNE_LLM_SANITIZE=address"))
+    return build_selftest(tmp_path_factory.mktemp("address"), "PRUNE_LLM_SANITIZE=address")
+
+
+def test_memory_of_every_instruction_set(with_addresses: Path) -> None:
+    output = run(with_addresses)
     assert "portable: done" in output and "all passed" in output
+
+
+def test_no_wide_instruction_runs_where_it_was_not_asked_for(with_addresses: Path) -> None:
+    """On a machine without AVX-512 the library must load, and use no function compiled for it.
+
+    So a translation unit of an instruction set runs nothing when the library is loaded, and has no
+    function that the linker may keep for others.
+    """
+    objects = [
+        file
+        for file in sorted(with_addresses.parent.rglob("*.o"))
+        if re.search("isa_|avx512|avx2|neon", file.name) and "portable" not in file.name
+    ]
+    assert len(objects) >= 1
+    for file in objects:
+        symbols = run(tool("nm"), "--format=posix", file).splitlines()
+        kinds = {line.split()[0]: line.split()[1] for line in symbols}
+        runs = [name for name in kinds if "static_initialization" in name]
+        weak = [name for name, kind in kinds.items() if kind in "WwVvu"]
+        shared = [name for name in weak if not name.startswith("DW.ref.")]  # a pointer, no code
+        assert not runs and not shared, file.name
+        assert any(kind in "Tt" for kind in kinds.values())
 
 
 def test_threads(tmp_path: Path) -> None:
