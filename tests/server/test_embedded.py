@@ -282,7 +282,7 @@ def test_answers_in_company_are_those_alone(name: str, request: pytest.FixtureRe
 
     def leave() -> int:
         left, random_ = 0, random.Random(0)
-        while not stop.is_set():
+        while left < 4 or not stop.is_set():  # a busy machine may end the streams before four left
             body = {"model": MODEL, **_prompt(random_.randrange(64)), "max_tokens": 60}
             with ask(server.url, **body, stream=True) as connection:
                 connection.recv(random_.choice([1, 400, 2000]))
@@ -296,7 +296,7 @@ def test_answers_in_company_are_those_alone(name: str, request: pytest.FixtureRe
         finally:
             stop.set()
     assert found == alone
-    assert left.result() > 3
+    assert left.result() >= 4
     until(lambda: _is_empty(server))
 
 
