@@ -18,10 +18,11 @@ from prune_llm.activation.texts import LEAST_WINDOWS
 from prune_llm.allocation import ALLOCATIONS
 from prune_llm.cli_sparsify import parse_shares, print_levels
 from prune_llm.cli_tables import print_prune_report, print_search
+from prune_llm.config import FORMATS, TARGETS, PruneConfig
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS
 from prune_llm.presets import CHOSEN, DEFAULT, PARTS, PRESETS, preset
-from prune_llm.prune import FORMATS, TARGETS, PruneConfig, prune
+from prune_llm.prune import prune
 from prune_llm.pruning_level import Try, prune_within
 from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import PruneReport

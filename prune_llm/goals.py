@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from prune_llm.blocks import Block, Call, Stream, hidden_of
+from prune_llm.block import Block
+from prune_llm.streams import Call, Stream, hidden_of
 from prune_llm.tail import Tail
 
 

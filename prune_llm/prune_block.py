@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from prune_llm import architecture as arch
-from prune_llm.blocks import Block
+from prune_llm.block import Block
 from prune_llm.checkpoint import DTYPES, save_part
 from prune_llm.dense_target import aimed_at_dense
 from prune_llm.masks import Pattern, Scope, check_keep_mask
@@ -25,7 +25,7 @@ from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm.windows import needs
 
 if TYPE_CHECKING:
-    from prune_llm.prune import Job
+    from prune_llm.job import Job
 
 
 def prune_block(job: Job, block: Block, directory: Path) -> None:

@@ -21,16 +21,10 @@ from torch import Tensor
 
 from prune_llm.activation.sparsify import SparsifyConfig
 from prune_llm.checkpoint import Staging, locate
+from prune_llm.config import PruneConfig
+from prune_llm.job import OnProgress, Progress
 from prune_llm.memory import return_freed_memory
-from prune_llm.prune import (
-    OnProgress,
-    Progress,
-    PruneConfig,
-    add_pruned_levels,
-    finish,
-    levels_of,
-    prune_into,
-)
+from prune_llm.prune import add_pruned_levels, finish, levels_of, prune_into
 from prune_llm.quality import (
     batches,
     check_max_ppl_increase,

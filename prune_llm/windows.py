@@ -30,7 +30,7 @@ from prune_llm.methods import METHODS
 from prune_llm.statistics import Needs
 
 if TYPE_CHECKING:
-    from prune_llm.prune import PruneConfig
+    from prune_llm.config import PruneConfig
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from prune_llm.blocks import Block
+from prune_llm.block import Block
 from prune_llm.checkpoint import read_header
+from prune_llm.config import PruneConfig
+from prune_llm.job import Job, Progress
 from prune_llm.memory import return_freed_memory
 from prune_llm.plan import Plan, make_plan
-from prune_llm.prune import Job, Progress, PruneConfig, prune_into
+from prune_llm.prune import prune_into
 from prune_llm.prune_block import save_block, solve_site
 from prune_llm.report import LinearResult, peak_memory, restart_peak_memory
 from prune_llm.sites import Site

@@ -213,7 +213,7 @@ def test_statistics_are_those_of_the_two_finished_models(
     """A site sees all linears before it as they are in the end; so the error it reports is true."""
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("prune_llm.blocks.ERROR_TOKENS", 8 * 64)  # all of them
+    monkeypatch.setattr("prune_llm.block.ERROR_TOKENS", 8 * 64)  # all of them
     settings = config(corpus, method="wanda", sampling="first", batch_size=4)
     prune(tiny_llama, settings, tmp_path / "out")
     ids = AutoTokenizer.from_pretrained(tiny_llama)(corpus.read_text())["input_ids"][: 8 * 64]
