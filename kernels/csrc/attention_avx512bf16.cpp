@@ -186,7 +186,7 @@ void causal(const AttentionArgs* args, void* memory) {
 
 int64_t scratch_bytes(int64_t tokens, int64_t head_size) { return words(tokens, head_size) * 4; }
 
-const AttentionKernel kKernel = {&scratch_bytes, &pack, &causal};
+constexpr AttentionKernel kKernel = {&scratch_bytes, &pack, &causal};
 
 }  // namespace
 

@@ -302,7 +302,7 @@ template <class P> void unpack_channels(const ChannelWeight* w, void* out, int64
   }
 }
 
-template <class P> INLINE ChannelKernel channel_kernel() {
+template <class P> constexpr ChannelKernel channel_kernel() {
   return ChannelKernel{sizeof(typename P::X), select_channels<P>, select_union<P>,
                        gather<P>,             sum_list<P>,        finish<P>,
                        unpack_channels<P>};

@@ -333,7 +333,7 @@ template <class P> void attend(const AttentionStep* a, int64_t begin, int64_t en
   }
 }
 
-template <class P> INLINE DecodeKernel decode_kernel() {
+template <class P> constexpr DecodeKernel decode_kernel() {
   return DecodeKernel{rms_norm<P>,    silu_mul<P>,    rotate<P>,
                       add_squares<P>, store_heads<P>, attend<P>};
 }

@@ -81,7 +81,7 @@ void add(const uint32_t* a, const uint32_t* b, int64_t tokens, int64_t height, i
   }
 }
 
-const GramKernel kKernel = {&pack, &add};
+constexpr GramKernel kKernel = {&pack, &add};
 
 }  // namespace
 

@@ -178,7 +178,7 @@ struct F32 : FloatAccumulator {
   static INLINE Elem from_float(float value) { return value; }
 };
 
-const Isa kTable = {
+constexpr Isa kTable = {
     "avx2",
     {linear_kernel<HalfWords<BF16Lanes>>(), linear_kernel<HalfWords<F16Lanes>>(),
      linear_kernel<F32>()},

@@ -3,7 +3,7 @@
 
 namespace {
 
-const Isa kTable = {
+constexpr Isa kTable = {
     "avx512",
     {linear_kernel<FloatPairs<BF16Lanes>>(), linear_kernel<FloatPairs<F16Lanes>>(),
      linear_kernel<FloatPairs<F32Lanes>>()},

@@ -113,7 +113,7 @@ template <> struct Select<BF16> {
   }
 };
 
-const Isa kTable = {
+constexpr Isa kTable = {
     "avx512bf16",
     {linear_kernel<BF16>(), linear_kernel<FloatPairs<F16Lanes>>(),
      linear_kernel<FloatPairs<F32Lanes>>()},

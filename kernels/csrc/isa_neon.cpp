@@ -163,7 +163,7 @@ struct F32 : FloatAccumulator {
   static INLINE Elem from_float(float value) { return value; }
 };
 
-const Isa kTable = {
+constexpr Isa kTable = {
     "neon",
     {linear_kernel<BF16>(), linear_kernel<F16>(), linear_kernel<F32>()},
     {decode_kernel<DecodeBF16<4>>(),

@@ -104,7 +104,7 @@ template <class Stored, float (*Load)(Stored), Stored (*Store)(float)> struct Po
 
 INLINE float identity(float value) { return value; }
 
-const Isa kTable = {
+constexpr Isa kTable = {
     "portable",
     {linear_kernel<Portable<uint16_t, bf16_to_float, float_to_bf16>>(),
      linear_kernel<Portable<uint16_t, f16_to_float, float_to_f16>>(),

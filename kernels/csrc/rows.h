@@ -470,7 +470,7 @@ template <class P> void prepare(const void* x, int64_t columns, void* prepared) 
   for (int64_t c = columns; c % kPad; ++c) out[P::place(c)] = 0;
 }
 
-template <class P> INLINE LinearKernel linear_kernel() {
+template <class P> constexpr LinearKernel linear_kernel() {
   return LinearKernel{sizeof(typename P::X), Same<typename P::X, typename P::Elem>::value,
                       prepare<P>,            multiply<P, true>,
                       multiply<P, false>,    unpack<P>};
