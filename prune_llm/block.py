@@ -46,6 +46,7 @@ class Block:
         self.module = walk.architecture.blocks[index]
         self._dense_weights = [] if dense is None else [linear.module.weight for linear in linears]
         self._staged = dense is not None and walk.dense_target
+        self._passed = False
         self._ahead = False  # whether the dense stream is behind this block already
         self._first_batches: dict[int, Tensor] = {}  # outputs, see `output_change`
         self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
@@ -89,7 +90,7 @@ class Block:
         sites = self._sites() if stage is None else stage.sites
         device, dense = self._walk.device, self._staged
         statistics = {site: InputStatistics(site.width, device, needs, dense) for site in sites}
-        for number in range(len(self._stream.batches)):
+        for number in range(len(self._stream)):
             if stage is None:
                 self._collect_batch(number, statistics)
             else:
@@ -105,7 +106,7 @@ class Block:
     def _sample(self) -> int:
         """Tokens of each batch on which the layer error is measured."""
         assert self._stream is not None
-        return -(-ERROR_TOKENS // len(self._stream.batches))
+        return -(-ERROR_TOKENS // len(self._stream))
 
     def _collect_batch(self, number: int, statistics: dict[Site, InputStatistics]) -> None:
         assert self._stream is not None
@@ -136,7 +137,7 @@ class Block:
         self, stream: Stream, number: int, stage: Stage, routing: Routing
     ) -> tuple[dict[Site, Read], Tensor | None]:
         """What the sites of a stage read of a batch, and what its output is added to."""
-        tokens = stream.batches[number][..., 0].numel()
+        tokens = stream[number][..., 0].numel()
         reads: dict[Site, Read] = {}
 
         def keep(site: Site, x: Tensor) -> None:
@@ -192,11 +193,25 @@ class Block:
                 "run with --dtype float32 or check the model's weights"
             )
 
+    def pass_on(self) -> None:
+        """Move the streams behind this block and let go of its weights; once."""
+        if self._passed:
+            return
+        self._passed = True
+        if self._stream is not None:
+            if self.index + 1 < len(self._walk.architecture.blocks):
+                self.propagate()
+            else:
+                self._walk.drop_streams()
+        self._dense_weights.clear()
+        self._first_batches.clear()
+        self._walk.release(self.index)
+
     @torch.no_grad()
     def propagate(self) -> None:
         """Replace the streams by this block's outputs."""
         assert self._stream is not None
-        for number in range(len(self._stream.batches)):
+        for number in range(len(self._stream)):
             self._advance(number, self._stream)
             if self._dense is not None and not self._ahead:
                 with self._as_dense():
@@ -218,16 +233,16 @@ class Block:
         """The dense stream, moved behind this block before `propagate` does."""
         assert self._dense is not None and not self._ahead
         with self._as_dense():
-            for number in range(len(self._dense.batches)):
+            for number in range(len(self._dense)):
                 self._advance(number, self._dense)
         self._ahead = True
         return self._dense
 
     def _advance(self, number: int, stream: Stream) -> None:
-        stream.batches[number] = hidden_of(self._run(number, stream)).cpu()
+        stream.replace(number, hidden_of(self._run(number, stream)))
 
     def _run(self, number: int, stream: Stream) -> Any:
-        hidden_STD = stream.batches[number].to(self._walk.device)
+        hidden_STD = stream[number].to(self._walk.device)
         call = stream.calls[len(hidden_STD)][self.index]
         try:
             return self._walk.run(self.index, hidden_STD, call)
@@ -241,7 +256,7 @@ class Block:
         assert self._stream is not None
         total, count = 0.0, 0
         dense = linear.module.weight
-        for number in range(min(CHANGE_BATCHES, len(self._stream.batches))):
+        for number in range(min(CHANGE_BATCHES, len(self._stream))):
             if number not in self._first_batches:
                 self._first_batches[number] = hidden_of(self._run(number, self._stream))
             before = self._first_batches[number]
@@ -254,11 +269,6 @@ class Block:
             total += float(((after - before).float().square().sum(dim=-1) / whole_ST).sum())
             count += whole_ST.numel()
         return total / count
-
-    def close(self) -> None:
-        """Let go of the dense weights, before the next block is read."""
-        self._dense_weights.clear()
-        self._first_batches.clear()
 
 
 def _visitor(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from prune_llm.checkpoint import Checkpoint
 from prune_llm.fused_block import FusedBlock, agrees
 from prune_llm.memory import trim_heap
 from prune_llm.sites import Site, _complete, _observe
+from prune_llm.stream_files import Store, StreamFile
 from prune_llm.streams import Call, Captured, Stream, hidden_of, same_call, split_call
 
 # on which a block is compared with its fused form
@@ -45,6 +46,7 @@ class Walk:
         dense_target: keep the dense model's stream as well, and measure sites against it.
         goal: of the reconstruction: "block" keeps the dense model's stream, "logits" that behind
             its last block (`final`) and the head; "none".
+        store: where the streams are kept; None: in memory.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Walk:
         tick: Tick,
         dense_target: bool = False,
         goal: str = "none",
+        store: Store | None = None,
     ) -> None:
         self.dense_target, self.goal = dense_target, goal
         self.architecture, self.checkpoint = architecture, checkpoint
@@ -70,29 +73,80 @@ class Walk:
         self.adding: dict[tuple[str, ...], bool] = {}  # see `sites.stages_of`
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
+        self.store = store or Store()
+        self.first = 0  # of the blocks that are walked
+        self.stream: Stream | None = None
+        self.dense: Stream | None = None
         self.final: Stream | None = None
         self._rest: tuple[Any, ...] | None = None  # what blocks return behind the hidden states
 
     def __iter__(self) -> Iterator[Block]:
-        blocks = self.architecture.blocks
-        stream = self._start() if self._batches else None
-        dense = None
-        if stream is not None and (self.dense_target or self.goal == "block"):
-            dense = Stream(list(stream.batches), stream.calls)
-        if stream is not None and self.goal == "logits":
-            self.final = self._run_dense(stream)
-            self._hold_head()
-        for index in range(len(blocks)):
+        if self._batches and self.first < len(self.architecture.blocks):
+            self._begin()
+        for index in range(self.first, len(self.architecture.blocks)):
             self.load(index)
-            if stream is not None:
-                self._choose(index, stream)
+            if self.stream is not None:
+                self._choose(index, self.stream)
             linears = self._select(self.architecture.linears(index))
-            block = Block(self, index, linears, stream, dense)
+            block = Block(self, index, linears, self.stream, self.dense)
             yield block
-            if stream is not None and index + 1 < len(blocks):
-                block.propagate()
-            block.close()
-            self.release(index)
+            block.pass_on()
+
+    def _begin(self) -> None:
+        """The streams before the first block, and how blocks are called."""
+        if self.stream is None:
+            self.stream = self._start()
+            if self.dense_target or self.goal == "block":
+                self.dense = self.stream.copy("dense")
+        else:
+            self._learn_calls(self.stream)
+        if self.goal == "logits":
+            if self.final is None:
+                self.final = self._run_dense(self.stream)
+            self._hold_head()
+        for stream in self.streams.values():
+            stream.calls = self.stream.calls
+            stream.journaled = self.store.journaled
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """Those that there are, by name."""
+        found = (self.stream, self.dense, self.final)
+        return {stream.name: stream for stream in found if stream is not None}
+
+    def drop_streams(self) -> None:
+        """Behind the last block nothing is read any more."""
+        for stream in self.streams.values():
+            stream.drop()
+
+    # -- going on where another walk was stopped ----------------------------------------------
+
+    def decided(self) -> dict[str, Any]:
+        """What was found out on one block and is held to on those behind it, for JSON."""
+        return {
+            "sites": [[kinds, names] for kinds, names in self._site_names.items()],
+            "adding": [[kinds, adding] for kinds, adding in self.adding.items()],
+            "agrees": self._agrees,
+            "fused": sorted(self.fused),
+        }
+
+    def resume(self, first: int, decided: dict[str, Any], files: dict[str, StreamFile]) -> None:
+        """Begin at block ``first``, with what `decided` told then and the streams' files."""
+        self.first = first
+        self._site_names = {
+            tuple(kinds): [tuple(group) for group in names] for kinds, names in decided["sites"]
+        }
+        self.adding = {tuple(kinds): adding for kinds, adding in decided["adding"]}
+        self._agrees, self.fused = decided["agrees"], set(decided["fused"])
+        self.stream, self.dense = (self._resumed(n, first, files) for n in ("pruned", "dense"))
+        self.final = self._resumed("final", len(self.architecture.blocks), files)
+
+    def _resumed(self, name: str, generation: int, files: dict[str, StreamFile]) -> Stream | None:
+        if name not in files:
+            return None
+        stream = Stream(name, len(self._batches), self.store)
+        stream.restore(files[name], generation)
+        return stream
 
     # -- weights in and out ------------------------------------------------------------------
 
@@ -125,20 +179,43 @@ class Walk:
     @torch.no_grad()
     def _start(self) -> Stream:
         """Run the embeddings on every batch, and record how the model calls its blocks."""
+        stream = Stream("pruned", len(self._batches), self.store)
+        with self._outside():
+            for number, batch in enumerate(self._batches):
+                stream.replace(number, self._embed(batch))
+            self.load(0)
+            self._record_calls(stream)
+        trim_heap()
+        return stream
+
+    @torch.no_grad()
+    def _learn_calls(self, stream: Stream) -> None:
+        """As `_start`, for a stream that is there already."""
+        with self._outside():
+            self.load(0)
+            self._record_calls(stream)
+        if self.first > 0:
+            self.release(0)
+        trim_heap()
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """With the embeddings in memory, and the buffers on the device."""
         outside = self.architecture.outside_names()
         self._fill(outside)
         _move_buffers(self.architecture.model, self.device)
-        stream = Stream([self._embed(batch) for batch in self._batches])
-        self.load(0)
-        for batch, hidden_STD in zip(self._batches, stream.batches, strict=True):
-            if len(batch) not in stream.calls:
-                stream.calls[len(batch)] = self._record(batch, hidden_STD)
-        if self.goal != "none" and 1 not in stream.calls:
-            stream.calls[1] = self._record(self._batches[0][:1], stream.batches[0][:1])
+        yield
         for name in outside:
             _empty_parameters(self.architecture.model.get_submodule(name.rpartition(".")[0]))
-        trim_heap()
-        return stream
+
+    def _record_calls(self, stream: Stream) -> None:
+        """For each batch size; block 0 is in memory."""
+        batches = list(self._batches)
+        if self.goal != "none":
+            batches.append(self._batches[0][:1])
+        for batch in batches:
+            if len(batch) not in stream.calls:
+                stream.calls[len(batch)] = self._record(batch, self._embed(batch))
 
     def _embed(self, ids_ST: Tensor) -> Tensor:
         """The input of block 0 [S, T, D] on the CPU."""
@@ -202,14 +279,15 @@ class Walk:
 
     @torch.no_grad()
     def _run_dense(self, start: Stream) -> Stream:
-        """The dense model's stream behind its last block."""
-        stream = Stream(list(start.batches), start.calls)
+        """The dense model's stream behind its last block; only that is journaled."""
+        stream, last = start.copy("final"), len(self.architecture.blocks) - 1
         for index in range(len(self.architecture.blocks)):
             self.load(index)
-            for number, batch in enumerate(stream.batches):
+            stream.journaled = self.store.journaled and index == last
+            for number, batch in enumerate(stream):
                 call = stream.calls[len(batch)][index]
                 output = self.run(index, batch.to(self.device), call)
-                stream.batches[number] = hidden_of(output).cpu()
+                stream.replace(number, hidden_of(output))
             self.release(index)
             self.tick(index, "running the dense model")
         return stream
@@ -268,7 +346,7 @@ class Walk:
 
     def _choose(self, index: int, stream: Stream) -> None:
         """Compare a block with its fused form, once for each sort, on the first tokens."""
-        block, hidden_STD = self.architecture.blocks[index], stream.batches[0]
+        block, hidden_STD = self.architecture.blocks[index], stream[0]
         call, sort = stream.calls[len(hidden_STD)][index], repr(block)
         if not call.is_plain(hidden_STD):
             return

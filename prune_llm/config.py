@@ -20,6 +20,7 @@ from prune_llm.refinement import REFINEMENTS
 
 FORMATS = ("dense", "sparse")
 TARGETS = ("pruned", "dense")
+ACTIVATIONS = ("auto", "memory", "disk")
 GOALS = ("none", "block", "logits")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -58,6 +59,9 @@ class PruneConfig:
         overrides: "NAMES=PATTERN": linears (shell patterns as in ``ignore``) with a sparsity or N:M
             of their own; ``pattern`` and ``allocation`` are for the others. The last match counts.
         batch_size: samples run at once; None: as many as hold 512 tokens (more if narrow).
+        activations: where the calibration activations are kept between two blocks: in "memory", on
+            "disk" beside the output, or "auto": in memory while they take up to half of what is
+            available. The result is the same.
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
     """
@@ -83,6 +87,7 @@ class PruneConfig:
     allocation: str = "uniform"
     overrides: tuple[str, ...] = ()
     batch_size: int | None = None
+    activations: str = "auto"
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
 
@@ -95,6 +100,7 @@ class PruneConfig:
         _check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
         _check_choice("refine", self.refine, REFINEMENTS)
         _check_choice("dtype", self.dtype, ("auto", *RUN_DTYPES))
+        _check_choice("activations", self.activations, ACTIVATIONS)
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)
         if Pattern.parse(self.pattern).sparsity == 0:

@@ -45,7 +45,7 @@ class Runner:
 
     @property
     def samples(self) -> int:
-        return sum(len(batch) for batch in self._stream.batches)
+        return self._stream.samples
 
     def __call__(self, sample: int) -> Tensor:
         """The block's output [1, T, D]."""
@@ -60,8 +60,8 @@ class BlockGoal:
 
     def __init__(self, run: Runner, dense: Stream) -> None:
         self._run, self._dense, self.samples = run, dense, run.samples
-        squares = [float(b.float().square().sum(dtype=torch.float64)) for b in dense.batches]
-        values = sum(batch.numel() for batch in dense.batches)
+        squares = [float(b.float().square().sum(dtype=torch.float64)) for b in dense]
+        values = sum(batch.numel() for batch in dense)
         self._scale = max(sum(squares) / values, torch.finfo(torch.float32).tiny)
 
     def loss(self, sample: int) -> Tensor:

@@ -17,6 +17,7 @@ from prune_llm.plan import Plan
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
+from prune_llm.stream_files import Store
 from prune_llm.windows import calibration_warnings, describe, draw_calibration, surveys
 
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
@@ -48,6 +49,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+OnNote = Callable[[str], None]
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Job:
     reconstruction: list[BlockReconstruction] = field(default_factory=list)
     parts: dict[str, StoredTensor] = field(default_factory=dict)
     writer: SparseWriter | None = None
+    store: Store = field(default_factory=Store)  # of the streams
     plan: Plan = field(default_factory=lambda: Plan({}))
     warnings: list[str] = field(default_factory=list)
     done: int = 0
@@ -112,6 +115,7 @@ class Job:
             tick=self.tick,
             dense_target=self.config.target == "dense" and not survey,
             goal="none" if survey else self.config.reconstruction,
+            store=self.store.beside() if survey else self.store,
         )
 
     @property

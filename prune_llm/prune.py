@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,18 +14,23 @@ from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import Texts
 from prune_llm.calibration import BUNDLED, Calibration
-from prune_llm.checkpoint import REPORT_FILE, Staging, companions, write_shards
+from prune_llm.checkpoint import REPORT_FILE, companions, write_shards
+from prune_llm.commits import Commits
 from prune_llm.config import PruneConfig, select_device
-from prune_llm.job import Job, OnProgress, Progress
+from prune_llm.footprint import streams_on_disk
+from prune_llm.job import Job, OnNote, OnProgress, Progress
+from prune_llm.journal import Settings
 from prune_llm.memory import return_freed_memory
-from prune_llm.plan import make_plan
 from prune_llm.prune_block import prune_block
 from prune_llm.report import PruneReport
 from prune_llm.sparse_checkpoint import SparseWriter
+from prune_llm.staging import Staging
 from prune_llm.statistics import disable_tf32
 from prune_llm.verification import verify
-from prune_llm.windows import draw_windows
+from prune_llm.windows import Windows, draw_windows
 
+# the finished directory inside of the one where a run works
+CHECKPOINT = "checkpoint"
 # of a SparsifyConfig beside a PruneConfig: what both read the same
 LEVELS_SHARE = ("calibration", "separator", "seq_len", "seed", "device", "dtype")
 
@@ -36,46 +41,75 @@ def prune(
     output: str | os.PathLike[str] = "pruned",
     on_progress: OnProgress | None = None,
     levels: SparsifyConfig | None = None,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    on_note: OnNote | None = None,
 ) -> PruneReport:
     """Prune ``model`` (directory or hub name) and write the checkpoint ``output``.
 
     One decoder block is in memory at a time; for levels, the pruned model. The output appears when
-    it is complete and verified; on any error nothing is left behind.
+    it is complete and verified. Finished blocks are kept beside it: a run that was stopped, by a
+    signal, a crash or a full disk, goes on with ``resume`` and ends with the same bytes. Of a run
+    that ends by any other error nothing is left.
 
     Args:
         config: None: `PruneConfig.of_quality`'s default.
         levels: activation levels to calibrate on the pruned model, on ``levels.samples`` windows of
             the same text that pruning does not see. Its text, seed, device and dtype are those of
             ``config``.
+        resume: go on with a stopped run of the same options, model and text, or begin where there
+            is none; restart: discard it. One of them is needed where there is one.
+        on_note: told in a sentence what the user should know before the work.
 
     Raises:
         ValueError: a bad option, model, calibration text or output; the message names the fix.
     """
     config = config or PruneConfig.of_quality()
     started = time.perf_counter()
-    with Staging(Path(output)) as staging:
-        if levels is None:
-            report = prune_into(staging.directory, model, config, on_progress)
-        else:
-            levels = levels_of(config, levels)
+    tell = on_note or (lambda _: None)
+    with Staging(Path(output), resume, restart) as staging:
+        tell_found(staging, resume, tell)
+        directory = staging.directory / CHECKPOINT
+        levels = None if levels is None else levels_of(config, levels)
+        windows = None
+        if levels is not None:
             windows = draw_windows(model, config, levels.samples, levels.held_out)
-            report = prune_into(staging.directory, model, config, on_progress, windows.pruning)
-            add_pruned_levels(staging.directory, levels, windows.apart, report, on_progress)
-        finish(staging, report, time.perf_counter() - started)
+        own = settings_of(levels, windows)
+        with Commits(staging.directory, staging, own) as commits:
+            calibration = None if windows is None else windows.pruning
+            report = prune_into(directory, model, config, on_progress, calibration, commits)
+            if levels is not None and windows is not None:
+                add_pruned_levels(directory, levels, windows.apart, report, on_progress)
+            seconds = commits.seconds_before + time.perf_counter() - started
+            finish(staging, report, seconds, directory)
     return report
 
 
-def finish(
-    staging: Staging, report: PruneReport, seconds: float, finished: Path | None = None
-) -> None:
+def tell_found(staging: Staging, resume: bool, tell: OnNote) -> None:
+    """Whether there is something to resume."""
+    if staging.found is not None:
+        tell(f"going on: {staging.found} are done")
+    elif resume:
+        tell("nothing to resume: beginning with the first block")
+
+
+def settings_of(levels: SparsifyConfig | None, windows: Windows | None) -> Settings:
+    """What a stopped run must have been begun with, beside the options of pruning."""
+    if levels is None or windows is None:
+        return {}
+    asked = {f"activation_{name}": value for name, value in asdict(levels).items()}
+    return {"options": asked, "inputs": {"the text beside it": windows.apart_sha256}}
+
+
+def finish(staging: Staging, report: PruneReport, seconds: float, directory: Path) -> None:
     """Put the reports beside the weights and give the directory its name."""
-    directory = finished or staging.directory
     report.output, report.seconds = str(staging.output), seconds
     report.save(directory / REPORT_FILE)
     if report.levels is not None:
         report.levels.output = report.output
         report.levels.save(directory / LEVELS_REPORT_FILE)
-    staging.publish(finished)
+    staging.publish(directory)
 
 
 def prune_into(
@@ -84,25 +118,37 @@ def prune_into(
     config: PruneConfig,
     on_progress: OnProgress | None = None,
     calibration: Calibration | None = None,
+    commits: Commits | None = None,
 ) -> PruneReport:
     """Prune into an empty directory and verify it; the report is not written yet.
 
     Args:
         calibration: windows that were drawn already.
+        commits: what a stopped run has finished, and where this one's blocks are kept; None: the
+            run cannot go on when it is stopped.
     """
     started = time.perf_counter()
     device = select_device(config.device)
     return_freed_memory()
-    with disable_tf32():
+    with disable_tf32(), commits or Commits(directory / "work") as commits:
         job = Job.open(model, config, device, on_progress, calibration)
-        job.plan = make_plan(job)
+        commits.begin(job)
+        directory.mkdir(exist_ok=True)
+        job.store = commits.store(streams_on_disk(job))
+        job.plan = commits.plan(job)
         if config.format == "sparse":
-            job.writer = SparseWriter(directory, job.plan.common)
+            job.writer = SparseWriter(commits.directory, job.plan.common)
         walk = job.walk()
+        commits.restore(job, walk)
         for block in walk:
-            prune_block(job, block, directory)
+            part = prune_block(job, block, commits.directory)
+            block.pass_on()
+            commits.commit(job, walk, block.index, part)
+        commits.finish()
         _write(job, directory)
-        report = job.report(output=str(directory), seconds=time.perf_counter() - started)
+        seconds = commits.seconds_before + time.perf_counter() - started
+        report = job.report(output=str(directory), seconds=seconds)
+        report.peak_memory = commits.peak_memory(report.peak_memory)
         report.environment["fused blocks"] = f"{len(walk.fused)} of {len(walk.architecture.blocks)}"
         report.verification = verify(directory, job.checkpoint, report.linears)
     return report
@@ -152,13 +198,11 @@ def _tell_phase(on_progress: OnProgress, progress: LevelProgress) -> None:
 def _write(job: Job, directory: Path) -> None:
     """Collect pruned and untouched tensors into shards, and copy what travels with them."""
     if job.writer is not None:
-        job.writer.finish(job.checkpoint)
+        job.writer.finish(job.checkpoint, directory)
         return
     write_shards(
         directory,
         [job.parts.get(name, tensor) for name, tensor in job.checkpoint.tensors.items()],
     )
-    for part in directory.glob("block-*.part"):
-        part.unlink()
     for file in companions(job.checkpoint.directory):
         shutil.copyfile(file, directory / file.name)

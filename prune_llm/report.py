@@ -92,6 +92,11 @@ class LinearResult:
             bytes_after=stored.nbytes,
         )
 
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> LinearResult:
+        """From JSON."""
+        return cls(**{**saved, "shape": tuple(saved["shape"])})
+
 
 def count_nonzero(weight: Tensor) -> int:
     """Weights that are not zero; none may be -0.0.
@@ -149,6 +154,15 @@ class PruneReport:
 
     def total(self) -> KindResult:
         return KindResult.of("total", self.linears)
+
+    @classmethod
+    def load(cls, file: Path) -> PruneReport:
+        """One that was saved without levels."""
+        saved = json.loads(file.read_text())
+        assert saved["levels"] == []
+        saved["linears"] = [LinearResult.restored(found) for found in saved["linears"]]
+        saved["reconstruction"] = [BlockReconstruction(**r) for r in saved["reconstruction"]]
+        return cls(**{**saved, "levels": None})
 
     def save(self, file: Path) -> None:
         saved = asdict(replace(self, levels=None))
@@ -218,6 +232,12 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def highest(peaks: list[dict[str, int]]) -> dict[str, int]:
+    """The highest of each entry."""
+    names = dict.fromkeys(name for peak in peaks for name in peak)
+    return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
 
 
 def restart_peak_memory(device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from prune_llm.job import Job
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.quality import load_to_measure
-from prune_llm.report import environment, peak_memory, restart_peak_memory
+from prune_llm.report import environment, highest, peak_memory, restart_peak_memory
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.windows import describe, needs, surveys
 from prune_llm_eval.compare import EvalConfig, text_windows
@@ -43,7 +43,6 @@ from prune_llm_eval.variants import (
     SharedStatistics,
     Variant,
     check_plan,
-    highest,
 )
 
 if TYPE_CHECKING:

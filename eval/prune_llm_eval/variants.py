@@ -25,7 +25,7 @@ from prune_llm.memory import return_freed_memory
 from prune_llm.plan import Plan, make_plan
 from prune_llm.prune import prune_into
 from prune_llm.prune_block import save_block, solve_site
-from prune_llm.report import LinearResult, peak_memory, restart_peak_memory
+from prune_llm.report import LinearResult, highest, peak_memory, restart_peak_memory
 from prune_llm.sites import Site
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, disable_tf32
@@ -202,9 +202,7 @@ class SharedStatistics:
         """A block of a variant that was solved, now or before a stop."""
         job = self._jobs[variant]
         self._waiting[record["block"]].remove(variant)
-        job.linears += [
-            LinearResult(**{**found, "shape": tuple(found["shape"])}) for found in record["linears"]
-        ]
+        job.linears += [LinearResult.restored(found) for found in record["linears"]]
         job.warnings += record["warnings"]
         self._peaks[variant] = highest([self._peaks[variant], record["peak_memory"]])
 
@@ -248,9 +246,3 @@ def check_plan(base: Job) -> None:
             "nothing to prune: every linear of every block is ignored "
             f"({', '.join(config.ignore)}) or tied"
         )
-
-
-def highest(peaks: list[dict[str, int]]) -> dict[str, int]:
-    """The highest of each entry."""
-    names = dict.fromkeys(name for peak in peaks for name in peak)
-    return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
