@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from prune_llm.checkpoint import read_header
 from prune_llm.config import PruneConfig
 from prune_llm.durability import check_file, described, sync_directory, sync_file
+from prune_llm.footprint import Footprint, check_fits, footprint
 from prune_llm.journal import JOURNAL_FILE, Journal, Record, check_settings
 from prune_llm.masks import Pattern
 from prune_llm.plan import Plan, make_plan
@@ -65,6 +66,8 @@ class Commits:
     Args:
         staging: of the output; None: parts and streams lie here, and nothing is committed.
         settings: what the results depend on beside the job's, by group.
+        tell: told what the run needs, before the work.
+        whole: the pruned model is loaded whole behind the run.
     """
 
     def __init__(
@@ -72,11 +75,14 @@ class Commits:
         directory: Path,
         staging: Staging | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+        whole: bool = False,
     ) -> None:
         self.directory, self._staging, self._more = directory, staging, settings or {}
         directory.mkdir(parents=True, exist_ok=True)
         self.journal = None if staging is None else Journal(directory)
         self.writer = Writer()
+        self._tell, self._whole = tell, whole
         self._started, self._stopping = time.perf_counter(), False
         self._unwritten: list[Record] = []
         self._told = _Told()
@@ -96,6 +102,7 @@ class Commits:
             shutil.rmtree(self.directory, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             if self._staging is not None and self._staging.taken:
+                self.journal = Journal(self.directory)  # what is on disk counts
                 self._clear()
             raise OSError(f"{self.directory.parent}: the disk is full; make room") from error
 
@@ -166,6 +173,14 @@ class Commits:
                 for name, entry in record["streams"].items()
             }
             walk.resume(record["index"] + 1, record["decided"], files)
+
+    def foresee(self, job: Job) -> Footprint:
+        """Tell what the run needs. Raises ValueError where that cannot fit."""
+        found = footprint(job, self._whole)
+        used = sum(file.stat().st_size for file in self.directory.iterdir() if file.is_file())
+        check_fits(found, self.directory, used)
+        self._tell(found.text)
+        return found
 
     def store(self, on_disk: bool) -> Store:
         """Where the streams lie."""

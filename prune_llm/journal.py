@@ -55,10 +55,14 @@ class Journal:
         """The record is on disk when this returns."""
         text = json.dumps(record).encode()
         with self.file.open("ab") as opened:
-            opened.truncate(self._end)
-            opened.write(b"%08x %s\n" % (zlib.crc32(text), text))
-            opened.flush()
-            os.fsync(opened.fileno())
+            opened.truncate(self._end)  # what a kill cut off
+            try:
+                opened.write(b"%08x %s\n" % (zlib.crc32(text), text))
+                opened.flush()
+                os.fsync(opened.fileno())
+            except OSError:
+                opened.truncate(self._end)  # it must not count, now that it was not acknowledged
+                raise
             self._end = opened.tell()
         if not self.records:
             sync_directory(self.file.parent)

@@ -17,7 +17,6 @@ from prune_llm.calibration import BUNDLED, Calibration
 from prune_llm.checkpoint import REPORT_FILE, companions, write_shards
 from prune_llm.commits import Commits
 from prune_llm.config import PruneConfig, select_device
-from prune_llm.footprint import streams_on_disk
 from prune_llm.job import Job, OnNote, OnProgress, Progress
 from prune_llm.journal import Settings
 from prune_llm.memory import return_freed_memory
@@ -76,7 +75,7 @@ def prune(
         if levels is not None:
             windows = draw_windows(model, config, levels.samples, levels.held_out)
         own = settings_of(levels, windows)
-        with Commits(staging.directory, staging, own) as commits:
+        with Commits(staging.directory, staging, own, tell, levels is not None) as commits:
             calibration = None if windows is None else windows.pruning
             report = prune_into(directory, model, config, on_progress, calibration, commits)
             if levels is not None and windows is not None:
@@ -133,8 +132,9 @@ def prune_into(
     with disable_tf32(), commits or Commits(directory / "work") as commits:
         job = Job.open(model, config, device, on_progress, calibration)
         commits.begin(job)
+        foreseen = commits.foresee(job)
         directory.mkdir(exist_ok=True)
-        job.store = commits.store(streams_on_disk(job))
+        job.store = commits.store(foreseen.on_disk)
         job.plan = commits.plan(job)
         if config.format == "sparse":
             job.writer = SparseWriter(commits.directory, job.plan.common)
@@ -149,6 +149,7 @@ def prune_into(
         seconds = commits.seconds_before + time.perf_counter() - started
         report = job.report(output=str(directory), seconds=seconds)
         report.peak_memory = commits.peak_memory(report.peak_memory)
+        report.predicted = asdict(foreseen)
         report.environment["fused blocks"] = f"{len(walk.fused)} of {len(walk.architecture.blocks)}"
         report.verification = verify(directory, job.checkpoint, report.linears)
     return report

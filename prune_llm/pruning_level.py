@@ -130,11 +130,13 @@ def prune_within(
     config = config or PruneConfig.of_quality()
     levels = None if levels is None else levels_of(config, levels)
     with Staging(Path(output), resume, restart) as staging:
-        tell_found(staging, resume, on_note or (lambda _: None))
+        tell = on_note or (lambda _: None)
+        tell_found(staging, resume, tell)
         others, held_out = (levels.samples, levels.held_out) if levels else (None, None)
         windows = draw_windows(model, config, others, held_out)
         own = settings_of(levels, windows)
         search = _Search(staging, locate(model), config, windows, own, on_progress, on_try)
+        search.on_note = tell
         report = search.run(max_ppl_increase)
         directory = staging.directory / CHECKPOINT
         _copy(search.kept, directory)
@@ -175,6 +177,7 @@ class _Search:
         self.staging, self.directory, self.model = staging, staging.directory, model
         self.config, self.windows, self.settings = config, windows, settings
         self.on_progress, self.on_try = on_progress, on_try
+        self.on_note: OnNote = lambda _: None
         self.journal = Journal(self.directory)
         self.tried: dict[int, float] = {}
         self.step = ""
@@ -261,7 +264,8 @@ class _Search:
         before = self.kept
         work = self.directory / f"{TRY}{percent}"
         pruned = work / CHECKPOINT
-        with Commits(work, self.staging) as commits:
+        tell = self.on_note if not self.tried else (lambda _: None)
+        with Commits(work, self.staging, tell=tell, whole=True) as commits:
             windows = self.windows.pruning
             report = prune_into(pruned, self.model, config, self._tell, windows, commits)
             report.save(pruned / REPORT_FILE)

@@ -113,7 +113,8 @@ class PruneReport:
     """The whole run.
 
     Attributes:
-        peak_memory: bytes, of the process and of the GPU.
+        peak_memory: bytes, of the process and of the GPU; predicted: what was foreseen before the
+            work (`footprint.Footprint`).
         search: what was tried for a target in quality and what the found sparsity costs; None
             where the sparsity was given (`pruning_level.prune_within`).
         levels: of activation sparsity, where some were asked for; saved by name here, and whole in
@@ -140,6 +141,7 @@ class PruneReport:
     levels: SparsifyReport | None = None
     reconstruction: list[BlockReconstruction] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -232,6 +234,14 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def resident_memory() -> int:
+    """Of this process now, in bytes; its peak where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.read_text().split()[1]) * resource.getpagesize()
 
 
 def highest(peaks: list[dict[str, int]]) -> dict[str, int]:

@@ -48,7 +48,7 @@ class Staging:
         self.directory = partial_directory(output)
         self._resume, self._restart = resume, restart
         self.found: str | None = None
-        self.taken = False
+        self.taken = self.published = False
 
     def __enter__(self) -> Staging:
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +94,7 @@ class Staging:
         finished = finished or self.directory
         sync_tree(finished)
         os.replace(finished, self.output)
+        self.published = True
         sync_directory(self.output.parent)
 
     def keeps(self, error: BaseException) -> bool:
@@ -108,7 +109,7 @@ class Staging:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        if error is None or not self.keeps(error):
+        if error is None or self.published or not self.keeps(error):
             shutil.rmtree(self.directory, ignore_errors=True)
         self._unlock()
 

@@ -1,7 +1,8 @@
 """Runs that are killed at the k-th durable step, one after the other, each then resumed.
 
 A script: it imports everything once, and each run is a fork of it, so that a kill costs no start.
-It reads a JSON request on standard input and prints what became of every run as JSON.
+It reads JSON requests on standard input, a line each, and prints what became of every run as JSON,
+a line for each request.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 # the calls of the operating system that change what is on disk
 STEPS = ("fsync", "replace", "rename", "unlink", "write", "mkdir", "rmdir", "link")
 # of the report: differ from run to run
-UNSTABLE = {"seconds", "peak_memory", "output"}
+UNSTABLE = {"seconds", "peak_memory", "predicted", "output"}
 
 
 class Steps:
@@ -112,7 +113,7 @@ def stable(value: Any) -> Any:
     return [stable(v) for v in value] if isinstance(value, list) else value
 
 
-def interrupted(request: dict[str, Any], place: Path, step: int) -> dict[str, Any]:
+def interrupted(request: dict[str, Any], place: Path, step: int, stop: str) -> dict[str, Any]:
     """A run that ends at a step, and one that goes on; what is there after each."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -121,8 +122,7 @@ def interrupted(request: dict[str, Any], place: Path, step: int) -> dict[str, An
     def stopped() -> None:
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.default_int_handler)
-        name = request["stop"]
-        Steps(filling(step) if name == "full" else killing(step, signal.Signals[name]))
+        Steps(filling(step) if stop == "full" else killing(step, signal.Signals[stop]))
         run(request, output, resume=False)
 
     status, said = forked(stopped)
@@ -131,6 +131,7 @@ def interrupted(request: dict[str, Any], place: Path, step: int) -> dict[str, An
     again, why = (0, "") if output.exists() else forked(lambda: run(request, output, resume=True))
     return {
         "step": step,
+        "stop": stop,
         "status": status,
         "said": said,
         "left": left,
@@ -157,21 +158,32 @@ def counted(request: dict[str, Any], place: Path) -> tuple[int, dict[str, str]]:
     return int(reading.read_text()), content(place / "out")
 
 
+def answered(request: dict[str, Any]) -> dict[str, Any]:
+    """Runs stopped at every ``stride``-th step, in all ways of ``stop`` in turn."""
+    place = Path(request["place"])
+    place.mkdir()
+    steps, whole = counted(request, place / "whole")
+    wanted = range(request.get("first", 1), steps + 1, request["stride"])
+    stops = request["stop"]
+    runs = [
+        interrupted(request, place / "stopped", step, stops[number % len(stops)])
+        for number, step in enumerate(wanted)
+    ]
+    return {"steps": steps, "whole": whole, "runs": runs}
+
+
 def main() -> None:
-    request = json.loads(sys.stdin.read())
+    requests = [json.loads(line) for line in sys.stdin]
     torch.set_num_threads(1)
-    import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    AutoModelForCausalLM.from_pretrained(request["model"])
-    AutoTokenizer.from_pretrained(request["model"])
+    for model in {request["model"] for request in requests}:  # imports what a run imports
+        AutoModelForCausalLM.from_pretrained(model)
+        AutoTokenizer.from_pretrained(model)
     import prune_llm  # noqa: F401
 
-    place = Path(request["place"])
-    steps, whole = counted(request, place / "whole")
-    wanted = request.get("steps") or range(1, steps + 1, request.get("stride", 1))
-    runs = [interrupted(request, place / "stopped", step) for step in wanted]
-    print(json.dumps({"steps": steps, "whole": whole, "runs": runs}))
+    for request in requests:
+        print(json.dumps(answered(request)), flush=True)
 
 
 if __name__ == "__main__":
