@@ -204,14 +204,14 @@ def _told_to_go_on(console: Console, output: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         done = finished(partial_directory(Path(output)))
         if done is not None:
-            console.print(f"stopped: {done} are done; the same command with --resume goes on")
+            console.print(f"stopped with {done} done; the same command with --resume goes on")
         raise
     except OSError as error:
         done = finished(partial_directory(Path(output)))
         if done is None:
             raise
         raise OSError(
-            f"{error}; {done} are done, and the same command with --resume goes on"
+            f"{error}; with {done} done, the same command with --resume goes on"
         ) from error
 
 

@@ -147,7 +147,6 @@ class Commits:
             "inputs": {"the model": None, "the calibration text": calibration},
             "environment": environment(job.device, job.dtype),
         }
-        del found["environment"]["threads"]  # the results do not depend on it
         return {group: {**own, **self._more.get(group, {})} for group, own in found.items()}
 
     def _clear(self) -> None:

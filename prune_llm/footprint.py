@@ -101,12 +101,16 @@ class Footprint:
 
     @property
     def text(self) -> str:
-        gpu = "" if self.gpu is None else f", {self.gpu / 1e9:.1f} GB of GPU memory"
+        gpu = "" if self.gpu is None else f", {_told(self.gpu)} GPU memory"
         where = "on disk" if self.on_disk else "in memory"
         return (
-            f"needs about {self.memory / 1e9:.1f} GB of memory{gpu} and {self.disk / 1e9:.1f} GB "
-            f"of disk (calibration activations {where}: {self.streams / 1e9:.1f} GB)"
+            f"needs about {_told(self.memory)} memory{gpu}, {_told(self.disk)} disk; "
+            f"activations {where}: {_told(self.streams)}"
         )
+
+
+def _told(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def footprint(job: Job, whole: bool = False) -> Footprint:
@@ -147,14 +151,14 @@ def check_fits(found: Footprint, directory: Path, used: int = 0) -> None:
     if SURE * more > there:
         how = "fewer --samples" if found.on_disk else "--activations disk or fewer --samples"
         raise ValueError(
-            f"memory: this run needs about {more / 1e9:.1f} GB more and {there / 1e9:.1f} GB are "
+            f"memory: this run needs about {_told(more)} more and {_told(there)} are "
             f"available; give {how}, or --method wanda, which takes least"
         )
     free = shutil.disk_usage(directory).free + used
     if SURE * found.disk > free:
         raise ValueError(
-            f"output {str(directory)!r}: this run needs about {found.disk / 1e9:.1f} GB of disk "
-            f"and {free / 1e9:.1f} GB are free; give an output on another disk, or fewer --samples"
+            f"output {str(directory)!r}: this run needs about {_told(found.disk)} of disk "
+            f"and {_told(free)} are free; give an output on another disk, or fewer --samples"
         )
 
 
@@ -218,7 +222,8 @@ class _Shapes:
         """A batch through the block."""
         if self.job.calibration is None:
             return 0
-        tokens = self.job.batch_size * self.job.calibration.samples_ST.shape[1]
+        samples, seq_len = self.job.calibration.samples_ST.shape
+        tokens = min(self.job.batch_size, samples) * seq_len
         width = max((max(linear.weight.shape) for linear in self.linears), default=0)
         return tokens * width * (3 * self.item + 4)
 

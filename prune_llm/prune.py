@@ -88,7 +88,7 @@ def prune(
 def tell_found(staging: Staging, resume: bool, tell: OnNote) -> None:
     """Whether there is something to resume."""
     if staging.found is not None:
-        tell(f"going on: {staging.found} are done")
+        tell(f"going on: {staging.found} done before")
     elif resume:
         tell("nothing to resume: beginning with the first block")
 

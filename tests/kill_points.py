@@ -175,13 +175,9 @@ def answered(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     requests = [json.loads(line) for line in sys.stdin]
     torch.set_num_threads(1)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    for model in {request["model"] for request in requests}:  # imports what a run imports
-        AutoModelForCausalLM.from_pretrained(model)
-        AutoTokenizer.from_pretrained(model)
-    import prune_llm  # noqa: F401
-
+    for request in requests:  # whatever is loaded when it is first needed is loaded before a fork
+        place = Path(request["place"])
+        run(request, place.with_name(place.name + "-warm"), resume=False)
     for request in requests:
         print(json.dumps(answered(request)), flush=True)
 

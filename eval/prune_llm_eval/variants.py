@@ -20,6 +20,7 @@ from torch import Tensor
 from prune_llm.block import Block
 from prune_llm.checkpoint import read_header
 from prune_llm.config import PruneConfig
+from prune_llm.footprint import streams_on_disk
 from prune_llm.job import Job, Progress
 from prune_llm.memory import return_freed_memory
 from prune_llm.plan import Plan, make_plan
@@ -29,6 +30,7 @@ from prune_llm.report import LinearResult, highest, peak_memory, restart_peak_me
 from prune_llm.sites import Site
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, disable_tf32
+from prune_llm.stream_files import Store
 from prune_llm.verification import verify
 from prune_llm.windows import needs, needs_no_text
 from prune_llm_eval.journal import Journal
@@ -123,6 +125,7 @@ class SharedStatistics:
     ) -> None:
         self._base, self._journal, self._work = base, journal, work
         self._on_progress, self._done = on_progress, 0
+        base.store = Store(work, streams_on_disk(base))
         self._jobs = {variant: _job(base, config) for variant, config in configs.items()}
         self._peaks: dict[Variant, dict[str, int]] = {variant: {} for variant in configs}
         self._needs = reduce(or_, map(needs, configs.values()), Needs.NOTHING)

@@ -170,7 +170,7 @@ def test_finished_blocks_are_not_pruned_again(
     notes: list[str] = []
     done = again(models["llama"], config, tmp_path / "out", resume=True, on_note=notes.append)
     assert {block for block, _ in done} == {2, 3}
-    assert notes[0] == "going on: 2 of 4 blocks are done"
+    assert notes[0] == "going on: 2 of 4 blocks done before"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     prune(models["llama"], config, tmp_path / "whole")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -206,7 +206,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=match) as error:
             prune(model, config, tmp_path / "out", resume=True)
         assert "\n" not in str(error.value)
-        assert content(tmp_path / ".out.partial") == before
+        after = content(tmp_path / ".out.partial")
+        assert after.items() <= before.items()
+        assert before.keys() - after.keys() <= {"weight-000003.part"}  # in no record
 
     def test_option(self, stopped: Start, models: dict[str, Path], tmp_path: Path) -> None:
         from dataclasses import replace
@@ -311,7 +313,7 @@ def test_the_allocation_alone_is_kept(
     notes: list[str] = []
     monkeypatch.setattr("prune_llm.commits.make_plan", None)  # not made again
     prune(models["llama"], config, tmp_path / "out", resume=True, on_note=notes.append)
-    assert notes[0].startswith("going on: ")
+    assert notes[0] == "going on: the allocation done before"
 
 
 def test_a_search_goes_on_behind_its_last_try(
@@ -336,7 +338,7 @@ def test_a_search_goes_on_behind_its_last_try(
         models["llama"], MOST, config, tmp_path / "out", resume=True, on_note=notes.append,
         on_progress=lambda p: pruned.append((p.step, p.block)) if p.blocks else None,
     )  # fmt: skip
-    assert notes[0] == "going on: 1 sparsities and 2 of 4 blocks of another are done"
+    assert notes[0] == "going on: 1 sparsities and 2 of 4 blocks of another done before"
     assert not any(step.startswith("try 1") for step, _ in pruned)
     assert {block for step, block in pruned if step.startswith("try 2")} == {2, 3}
 
@@ -395,5 +397,5 @@ def test_the_command_says_how_to_go_on(
         run.send_signal(which)
         _, said = run.communicate(timeout=60)
         assert run.returncode not in (0, None)
-    assert "blocks are done; the same command with --resume goes on" in said
+    assert "blocks done; the same command with --resume goes on" in said
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
