@@ -17,7 +17,6 @@ from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
     Checkpoint,
-    Staging,
     _read_config,
     locate,
     open_checkpoint,
@@ -37,6 +36,7 @@ from prune_llm.sparse_checkpoint import (
     open_sparse,
     open_stored,
 )
+from prune_llm.staging import Staging
 
 FORMATS = ("dense", "sparse")
 # "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +197,26 @@ def split_packed(
     return packed, plain
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file of pruned weights that waits to be put into a checkpoint.
+
+    Attributes:
+        packed: by name on disk how a weight is packed: "parts", names of its tensors in the file,
+            "in_features", "transposed". The others are dense.
+    """
+
+    file: Path
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 class SparseWriter:
     """Packs weights as they come, then writes the sparse directory.
 
     Used by `export`, and by anything that makes pruned weights one block at a time.
 
     Args:
+        directory: where the weights lie until `finish`.
         pattern: of all weights; None where they differ or it is unknown: they are then packed as
             unstructured ones, which fits any, and the pattern saved is the sparsity realised.
     """
@@ -213,6 +227,7 @@ class SparseWriter:
         self.form = SparseFormat(str(pattern or Pattern(0.0)))
         self.parts: dict[str, StoredTensor] = {}
         self.packed: dict[str, list[str]] = {}
+        self.last: Part | None = None  # what was added last
         self._files, self._kept, self._weights = 0, 0, 0
 
     def add(self, weights: dict[str, Tensor], transposed: Collection[str] = ()) -> dict[str, int]:
@@ -224,6 +239,7 @@ class SparseWriter:
             The bytes each takes on disk.
         """
         tensors: dict[str, Tensor] = {}
+        packed: dict[str, dict[str, Any]] = {}
         sizes = {name: stored.nbytes for name, stored in weights.items()}
         for name, stored in weights.items():
             weight_OI = stored.T.contiguous() if name in transposed else stored
@@ -231,15 +247,31 @@ class SparseWriter:
             if not saves_space(parts, weight_OI):
                 tensors[name] = stored
                 continue
-            self._note(name, weight_OI.shape[1], name in transposed)
-            self._kept += parts[PACKED].numel()
-            self._weights += weight_OI.numel()
-            self.packed[name] = [name + suffix for suffix in parts]
-            tensors |= {name + suffix: part for suffix, part in parts.items()}
+            names = [name + suffix for suffix in parts]
+            tensors |= dict(zip(names, parts.values(), strict=True))
+            packed[name] = {
+                "parts": names,
+                "in_features": weight_OI.shape[1],
+                "transposed": name in transposed,
+            }
             sizes[name] = sum(part.nbytes for part in parts.values())
-        self._files += 1
-        self.parts |= save_part(self.directory / f"weight-{self._files:06d}.part", tensors)
+        file = self.directory / f"weight-{self._files + 1:06d}.part"
+        self._take(Part(file, packed), save_part(file, tensors))
         return sizes
+
+    def restore(self, part: Part) -> None:
+        """As if the weights of a part had been added again."""
+        self._take(part, {tensor.name: tensor for tensor in read_header(part.file)})
+
+    def _take(self, part: Part, tensors: dict[str, StoredTensor]) -> None:
+        for name, how in part.packed.items():
+            self._note(name, how["in_features"], how["transposed"])
+            self._kept += math.prod(tensors[name + PACKED].shape)
+            self._weights += tensors[name + BITMASK].shape[0] * how["in_features"]
+            self.packed[name] = how["parts"]
+        self.parts |= tensors
+        self._files += 1
+        self.last = part
 
     def _note(self, name: str, width: int, transposed: bool) -> None:
         in_features = {name: width} if width % 8 else {}
@@ -249,14 +281,19 @@ class SparseWriter:
             transposed=self.form.transposed + ((name,) if transposed else ()),
         )
 
-    def finish(self, source: Checkpoint) -> None:
-        """Write the shards, their index, config.json and what travels with the weights."""
+    def finish(self, source: Checkpoint, directory: Path | None = None) -> None:
+        """Write the shards, their index, config.json and what travels with the weights.
+
+        Args:
+            directory: None: that of the parts, which are removed.
+        """
+        directory = directory or self.directory
         tensors = []
         for name, tensor in source.tensors.items():
             names = self.packed.get(name, [name])
             tensors += [self.parts.get(part, tensor) for part in names]
-        write_shards(self.directory, tensors)
-        _rename_to_variant(self.directory)
+        write_shards(directory, tensors)
+        _rename_to_variant(directory)
         dense = [t for name, t in source.tensors.items() if name not in self.packed]
         ignore = [t.name.removesuffix(".weight") for t in dense if len(t.shape) == 2]
         form = replace(self.form, ignore=tuple(sorted(ignore)))
@@ -264,7 +301,7 @@ class SparseWriter:
             sparsity = min(1 - self._kept / self._weights, 0.9999)
             form = replace(form, pattern=f"{sparsity:.4g}")
         config = source.config | {"quantization_config": form.to_json()}
-        finish_directory(source.directory, self.directory, config)
+        finish_directory(source.directory, directory, config)
 
 
 def _rename_to_variant(directory: Path) -> None:

@@ -23,8 +23,8 @@ from prune_llm.calibration import (
     read_documents,
     tokenize,
 )
+from prune_llm.config import select_device
 from prune_llm.demo import stories
-from prune_llm.prune import select_device
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm.sparse_linear import SparseLinear
 from prune_llm.vocabulary import Vocabulary
