@@ -168,7 +168,7 @@ class Walk:
             disk_name = self.architecture.disk_names.get(name)
             if disk_name is None:
                 continue  # a buffer that its module makes itself
-            tensor = self.checkpoint.tensors[disk_name].read()
+            tensor = self.checkpoint.tensor(disk_name).read()
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             _set_tensor(self.architecture.model, name, tensor.to(self.device, dtype))
 
@@ -361,7 +361,7 @@ class Block:
     def weight_OI(self, linear: Linear) -> Tensor:
         """The dense weight, float32 [O, I] on the device, at the precision it is stored in."""
         disk_name = self._walk.architecture.disk_names[linear.weight_name]
-        stored = self._walk.checkpoint.tensors[disk_name]
+        stored = self._walk.checkpoint.tensor(disk_name)
         same = DTYPES[stored.dtype] == self._walk.dtype
         weight = linear.weight.detach() if same else stored.read()
         return linear.to_OI(weight).to(self._walk.device, torch.float32)

@@ -3,8 +3,16 @@
 Pure tensors: no file, no model. A weight ``P.weight`` [O, I] becomes ``P.weight_bitmask``,
 ``P.weight_packed`` and, unless its pattern fixes the count per row, ``P.weight_offsets``.
 
-Shape letters: O = output features, I = input features, B = ceil(I / 8) bytes of mask per row,
-K = kept per row (N:M patterns), nnz = kept in all.
+Fused experts, a tensor P [E, O, I] or [E, I, O] on disk (with or without ".weight" at the end of
+its name), are packed expert by expert, each as if it were alone, and stored one behind the other:
+``P_bitmask`` uint8 [E, O, B], ``P_packed`` [E, O, K], or [nnz] flat with ``P_offsets`` [E, O + 1].
+An expert's offsets count from its own first value: its values begin where those of the expert
+before it end, and offsets[e, O] of them are its own. Rows are output features in the order of the
+dense tensor (gate and up interleaved stay interleaved); I-major tensors are named in
+``transposed``, like GPT-2's. Such a tensor is packed whole or not at all.
+
+Shape letters: E = experts, O = output features, I = input features, B = ceil(I / 8) bytes of mask
+per row, K = kept per row (N:M patterns), nnz = kept in all.
 """
 
 from __future__ import annotations
@@ -222,6 +230,8 @@ def check_headers(
             raise ValueError(f"{name}{suffix}: is missing; get the checkpoint again")
     if pattern.m is not None and OFFSETS in headers:
         raise ValueError(f"{name}{OFFSETS}: is there, but pattern {pattern} has no offsets")
+    if len(headers[BITMASK].shape) == 3:
+        headers = _of_one_expert(name, headers)
     bitmask, packed, offsets = headers[BITMASK], headers[PACKED], headers.get(OFFSETS)
     _check_header(f"{name}{BITMASK}", bitmask, (torch.uint8,), 2)
     rows, row_bytes = bitmask.shape
@@ -242,6 +252,24 @@ def check_headers(
             f"{name}{PACKED}: holds {packed.shape[0]} values, its weight has {rows * width}"
         )
     return width
+
+
+def _of_one_expert(name: str, headers: dict[str, Header]) -> dict[str, Header]:
+    """The headers of fused experts, as those of one of them alone. ValueError where they differ."""
+    experts = headers[BITMASK].shape[0]
+    found = {}
+    for suffix, header in headers.items():
+        if suffix == PACKED and OFFSETS in headers:  # flat: at most as many a head, on average
+            values = -(-header.shape[0] // max(experts, 1)) if len(header.shape) == 1 else 0
+            flat = len(header.shape) == 1
+            found[suffix] = Header(header.dtype, (values,) if flat else header.shape)
+            continue
+        if experts < 1 or header.shape[:1] != (experts,):
+            raise ValueError(
+                f"{name}{suffix}: has shape {list(header.shape)} for {experts} experts"
+            )
+        found[suffix] = Header(header.dtype, header.shape[1:])
+    return found
 
 
 def _check_header(

@@ -43,6 +43,7 @@ from prune_llm.prune_block import prune_block
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
+from prune_llm.slices import with_parts
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.statistics import disable_tf32
 from prune_llm.verification import verify
@@ -439,7 +440,7 @@ class Job:
                 "nothing was pruned: every linear of every block is ignored "
                 f"({', '.join(self.config.ignore)}) or tied"
             )
-        pruned = {result.tensor for result in self.linears}
+        smaller = sum(result.bytes_before - result.bytes_after for result in self.linears)
         return PruneReport(
             model=str(self.checkpoint.directory),
             output=output,
@@ -451,8 +452,7 @@ class Job:
             reconstruction=self.reconstruction,
             allocation=self.plan.record,
             bytes_before=self.checkpoint.nbytes,
-            bytes_after=sum(result.bytes_after for result in self.linears)
-            + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),
+            bytes_after=self.checkpoint.nbytes - smaller,
             seconds=seconds,
             peak_memory=peak_memory(self.device),
             warnings=self.warnings
@@ -489,10 +489,12 @@ def _write(job: Job, directory: Path) -> None:
     """Collect pruned and untouched tensors into shards, and copy what travels with them."""
     if job.writer is not None:
         job.writer.finish(job.checkpoint)
+        sizes = job.writer.sizes
+        job.linears = [replace(r, bytes_after=sizes[r.tensor]) for r in job.linears]
         return
     write_shards(
         directory,
-        [job.parts.get(name, tensor) for name, tensor in job.checkpoint.tensors.items()],
+        [with_parts(tensor, job.parts) for tensor in job.checkpoint.tensors.values()],
     )
     for part in directory.glob("block-*.part"):
         part.unlink()

@@ -162,7 +162,7 @@ def _check_counts(
 
 def _stored(job: Job, linear: arch.Linear, disk_name: str, solution: Solution) -> Tensor:
     """The pruned weight as it goes to disk: original dtype and orientation, no -0.0."""
-    dtype = DTYPES[job.checkpoint.tensors[disk_name].dtype]
+    dtype = DTYPES[job.checkpoint.tensor(disk_name).dtype]
     stored = linear.from_OI(solution.weight_OI).to(dtype).contiguous()
     stored = stored + 0.0  # -0.0 + 0.0 is +0.0
     if not all_finite(stored):

@@ -149,11 +149,11 @@ def test_conv1d_groups_run_along_its_inputs(tmp_path: Path, corpus: Path) -> Non
 
 
 def test_experts_of_another_kind_are_refused(tmp_path: Path, corpus: Path) -> None:
-    """GPT-OSS: interleaved gate and up, biases, clamps."""
+    """JetMoe: a class of its own around each fused tensor."""
     import transformers as tf
 
-    settings = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    directory = save_model(tmp_path / "model", tf.GptOssConfig(**settings))
+    settings = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}
+    directory = save_model(tmp_path / "model", tf.JetMoeConfig(**settings))
     with pytest.raises(ValueError, match=r"fused weights of shape .* not supported"):
         prune(directory, PruneConfig(calibration=str(corpus)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
