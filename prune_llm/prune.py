@@ -33,6 +33,7 @@ from prune_llm.checkpoint import (
     open_checkpoint,
     write_shards,
 )
+from prune_llm.expert_tokens import expert_warnings
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
@@ -456,6 +457,7 @@ class Job:
             seconds=seconds,
             peak_memory=peak_memory(self.device),
             warnings=self.warnings
+            + expert_warnings(self.linears)
             + _pairing_warnings(self.partly_paired)
             + training_warnings(self.reconstruction),
         )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_models import save_model
 
 import prune_llm
 from prune_llm import PruneConfig, prune
+from prune_llm.architecture import build
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import Experts, unfuse, with_index, without_index
 from prune_llm.sparse_linear import SparseLinear
+from prune_llm.windows import draw_calibration
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264,
@@ -128,12 +132,55 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(
 ) -> None:
     config = PruneConfig(method="wanda", calibration=str(corpus), samples=1, seq_len=2)
     report = prune(dense, config, tmp_path / "sparse")
-    unseen = [w for w in report.warnings if "no calibration token reached it" in w]
-    assert unseen and "pruned by magnitude" in unseen[0]
-    errors = {result.name: result.error for result in report.linears}
-    missed = unseen[0].split(":")[0].split(",")[0]
-    assert errors[missed] is None
+    unseen = [r for r in report.linears if r.tokens == 0]
+    assert unseen and all(r.error is None and r.method == "magnitude" for r in unseen)
+    (warning,) = [w for w in report.warnings if "no calibration token reached" in w]
+    assert f"reached {len(unseen)} of" in warning and f"{unseen[0].name}: 0" in warning
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("asked", ["sparsegpt", "dsnot"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_expert_with_fewer_tokens_than_inputs_is_pruned_by_wanda(
+    asked: str, fused: bool, corpus: Path, tmp_path: Path
+) -> None:
+    """Instead of a method on the Gram matrix; the report has the counts of transformers' router."""
+    name = "gpt_oss" if fused else "qwen3_moe"
+    source = FAMILIES[name].save(tmp_path / "model")
+    config = PruneConfig(
+        method=asked, calibration=str(corpus), samples=2, seq_len=30, refine="backsolve"
+    )
+    report = prune(source, config, tmp_path / "out")
+    experts = [r for r in report.linears if ".experts." in r.name]
+    counts = routed_tokens(source, report, config)
+    few = set()
+    for result in experts:
+        inputs = result.shape[0] if result.transposed else result.shape[1]
+        assert result.tokens is not None
+        if result.block == 0:
+            index = int(re.findall(r"experts\.(\d+)\.", result.name)[0])
+            assert result.tokens == counts[index], result.name
+        how = "wanda" if result.tokens < inputs and asked == "sparsegpt" else asked
+        assert result.method == ("magnitude" if result.tokens == 0 else how)
+        few |= {result.name} if 0 < result.tokens < inputs else set()
+    assert 0 < len(few) < len(experts)
+    (warning,) = [w for w in report.warnings if "fewer tokens than they have inputs" in w]
+    assert warning.startswith(f"{len(few)} of {len(experts)} linears of experts")
+    assert all(r.method == asked and r.tokens == 60 for r in report.linears if r not in experts)
+
+
+def routed_tokens(source: Path, report: Any, config: PruneConfig) -> list[int]:
+    """Tokens of the calibration text that the first block's router sends to each expert."""
+    model = load_dense(source)
+    seen: list[torch.Tensor] = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _m, args: seen.append(args[1]))
+    checkpoint = open_checkpoint(source)
+    drawn = draw_calibration(config, checkpoint, build(source, checkpoint.tensors))
+    assert drawn is not None
+    with torch.no_grad():
+        model(drawn.samples_ST)
+    return torch.cat(seen).flatten().bincount(minlength=experts.num_experts).tolist()
 
 
 def test_names() -> None:
