@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,13 +27,15 @@ from prune_llm.checkpoint import DTYPES, Checkpoint
 from prune_llm.fused_block import FusedBlock, agrees, is_plain_call
 from prune_llm.memory import trim_heap
 from prune_llm.pairing import Read, Routing, paired_rows, silenced
-from prune_llm.sites import Site, Stage, _complete, _observe, stages_of
-from prune_llm.statistics import InputStatistics, Needs, all_finite
+from prune_llm.sites import Site, Stage, _complete, _observe, stages_of, within_budget
+from prune_llm.statistics import InputStatistics, Needs, all_finite, statistics_nbytes
 
 # tokens on which the layer error is measured
 ERROR_TOKENS = 128
 # batches on which a change of a block's output is measured
 CHANGE_BATCHES = 2
+# of the sites that are measured in one pass; more take another pass through the block
+STATISTICS_BYTES = 4 << 30
 # on which a block is compared with its fused form
 PROBE_TOKENS = 64
 
@@ -356,6 +358,7 @@ class Block:
         self._staged = dense is not None and walk.dense_target
         self._ahead = False  # whether the dense stream is behind this block already
         self._first_batches: dict[int, Tensor] = {}  # outputs, see `output_change`
+        self._held: list[tuple[Linear, Tensor]] | None = None
         self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
 
     def weight_OI(self, linear: Linear) -> Tensor:
@@ -368,6 +371,9 @@ class Block:
 
     def assign(self, linear: Linear, stored: Tensor) -> None:
         """Give a linear its pruned weight, in the module's own orientation."""
+        if self._held is not None:  # sites of the dense block are still to be measured
+            self._held.append((linear, stored))
+            return
         weight = stored.to(self._walk.device, self._walk.dtype)
         linear.module.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -378,23 +384,38 @@ class Block:
         it can undo what they broke.
         """
         stages = self._stages() if self._staged else [None]
-        self._passes = len(stages)
-        for stage in stages:
-            collected = self.collect(needs, stage)
+        passes = [(stage, group) for stage in stages for group in self._groups(needs, stage)]
+        self._passes = len(passes)
+        # without stages all sites are to be measured on the dense block
+        self._held = [] if len(stages) < len(passes) and not self._staged else None
+        for stage, group in passes:
+            part = None if stage is None else replace(stage, sites=group)
+            collected = self.collect(needs, part, group)
             for site in list(collected):
                 yield site, collected.pop(site)
+        held, self._held = self._held or [], None
+        for linear, stored in held:
+            self.assign(linear, stored)
+
+    def _groups(self, needs: Needs, stage: Stage | None) -> list[tuple[Site, ...]]:
+        """Sites that are measured in one pass: as many as their statistics leave room for."""
+        if self._stream is None:
+            return [()]
+        sites = self._sites() if stage is None else stage.sites
+        sizes = [statistics_nbytes(site.width, needs, self._staged) for site in sites]
+        return within_budget(list(sites), sizes, STATISTICS_BYTES)
 
     def _stages(self) -> list[Stage]:
         return stages_of(self._sites(), lambda: hidden_of(self._first_batch()), self._walk.adding)
 
     @torch.no_grad()
     def collect(
-        self, needs: Needs, stage: Stage | None = None
+        self, needs: Needs, stage: Stage | None = None, group: tuple[Site, ...] = ()
     ) -> dict[Site, InputStatistics | None]:
-        """Statistics of each site (of a stage) over all calibration samples, in one pass."""
+        """Statistics of each site (of a stage, or of a group) over all samples, in one pass."""
         if self._stream is None:
             return {Site((linear,)): None for linear in self.linears}
-        sites = self._sites() if stage is None else stage.sites
+        sites = group or (self._sites() if stage is None else stage.sites)
         device, dense = self._walk.device, self._staged
         statistics = {site: InputStatistics(site.width, device, needs, dense) for site in sites}
         for number in range(len(self._stream.batches)):

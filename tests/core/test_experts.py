@@ -12,11 +12,14 @@ from families import FAMILIES
 from tiny_models import save_model
 
 import prune_llm
-from prune_llm import PruneConfig, prune
+from prune_llm import PruneConfig, blocks, prune
 from prune_llm.architecture import build
+from prune_llm.blocks import Block
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import Experts, unfuse, with_index, without_index
+from prune_llm.sites import within_budget
+from prune_llm.sparse_checkpoint import open_sparse
 from prune_llm.sparse_linear import SparseLinear
 from prune_llm.windows import draw_calibration
 
@@ -181,6 +184,44 @@ def routed_tokens(source: Path, report: Any, config: PruneConfig) -> list[int]:
     with torch.no_grad():
         model(drawn.samples_ST)
     return torch.cat(seen).flatten().bincount(minlength=experts.num_experts).tolist()
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_statistics_in_several_passes_are_those_of_one(
+    target: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where those of all experts together would not fit; the blocks are run more often."""
+    source = FAMILIES["gpt_oss"].save(tmp_path / "model")
+    config = PruneConfig(
+        method="sparsegpt", calibration=str(corpus), samples=8, seq_len=60, target=target
+    )
+    ran: list[str] = []
+    monkeypatch.setattr(Block, "_run", counted(Block._run, ran))
+    held = {}
+    for name, budget in (("one", 1 << 30), ("several", 3 * 2 * 4 * 48 * 48)):
+        monkeypatch.setattr(blocks, "STATISTICS_BYTES", budget)
+        ran.clear()
+        prune(source, config, tmp_path / name)
+        held[name] = len(ran)
+    assert held["several"] > held["one"]
+    one, several = (open_sparse(tmp_path / name) for name in held)
+    for name in one.names:
+        for piece in one.pieces(name):
+            assert torch.equal(one.read(piece), several.read(piece)), piece
+
+
+def counted(run: Any, ran: list[str]) -> Any:
+    def counting(block: Block, *arguments: Any) -> Any:
+        ran.append(block.name)
+        return run(block, *arguments)
+
+    return counting
+
+
+def test_sites_are_grouped_within_a_budget() -> None:
+    sites: list[Any] = list("abcdef")
+    assert within_budget(sites, [3, 3, 4, 20, 1, 2], 10) == [("a", "b", "c"), ("d",), ("e", "f")]
+    assert within_budget([], [], 10) == [()]
 
 
 def test_names() -> None:
