@@ -3,8 +3,9 @@ decoder blocks, prunable weights, ties, and where each parameter lies on disk.""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prune_llm.experts import Experts, RoutedExperts, is_expert_merge, slice_name, unfuse
+from prune_llm.admission import check_built, check_config
+from prune_llm.checkpoint import StoredTensor, _read_config
+from prune_llm.experts import (
+    Experts,
+    RoutedExperts,
+    is_expert_merge,
+    slice_name,
+    unfuse,
+    whole_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,21 +96,27 @@ class Architecture:
         return [linear for linear in found if linear.weight_name not in self.tied]
 
 
-def build(directory: Path, tensor_names: Iterable[str]) -> Architecture:
+def build(directory: Path, tensors: Mapping[str, StoredTensor]) -> Architecture:
     """Build the model of a checkpoint without its weights and take it apart.
 
     Raises:
-        ValueError: not a causal LM that transformers knows, no list of decoder blocks, weights
-            that are missing on disk or stored in a form that needs conversion.
+        ValueError: not a causal LM that transformers knows, or larger than its weights; no list of
+            decoder blocks; weights that are missing on disk or stored in a form that needs
+            conversion, or that are mostly no linears.
     """
-    model, tensor_names = _skeleton(directory), list(tensor_names)
+    tensor_names = list(tensors)
+    check_config(directory, _read_config(directory), len(tensors))
+    check_built(directory, len(tensors), sum(math.prod(t.shape) for t in tensors.values()))
+    model = _skeleton(directory)
     stored = {memory: disk for disk, memory in _in_memory(model, tensor_names).items()}
+    _check_shapes(model, stored, tensors)
     unfuse(model, stored)
     model.tie_weights()
     model.requires_grad_(False)
     blocks_name, blocks = _decoder_blocks(model)
     _refuse_other_weights(blocks, blocks_name)
     disk_names = _disk_names(model, tensor_names, stored)
+    _check_shapes(model, disk_names, tensors)
     return Architecture(model, blocks_name, blocks, disk_names, tied_names(model))
 
 
@@ -109,10 +125,12 @@ def _skeleton(directory: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("it encodes and decodes; models that only decode can be pruned")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # anything, of what a config.json may say
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{directory}: transformers cannot build a causal language model from its config.json "
@@ -124,6 +142,8 @@ def _skeleton(directory: Path) -> PreTrainedModel:
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The module list with one entry per hidden layer that holds the most parameters."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
+    if count < 1:
+        raise ValueError(f"{type(model).__name__}: its config.json has num_hidden_layers {count}")
     found = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
@@ -177,6 +197,8 @@ def tied_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in named if uses[id(parameter)] > 1)
 
 
+# of a checkpoint's bytes: below it, masks and the like
+UNUSED_SHARE = 0.01
 # modules whose weights are not matrices that tokens are multiplied by
 _DENSE = (nn.Conv1d, nn.Embedding)
 
@@ -228,6 +250,19 @@ def _disk_names(
     return names
 
 
+def _check_shapes(
+    model: PreTrainedModel, disk_names: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = tensors.get(disk_names.get(name, ""))
+        if stored is not None and tuple(tensor.shape) != stored.shape:
+            raise ValueError(
+                f"{stored.name}: is stored with shape {list(stored.shape)}, and "
+                f"{type(model).__name__} has {list(tensor.shape)}; config.json and the weights are "
+                "not of one model"
+            )
+
+
 def _names_in_fused(model: PreTrainedModel, fused: dict[str, str]) -> dict[str, str]:
     """The weights of experts that lie in one tensor on disk, as slices of it."""
     return {
@@ -257,6 +292,19 @@ def _in_memory(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, s
             )
             found[disk_name] = disk_name if converter is not None else str(name)
     return found
+
+
+def unused_warnings(architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Where much of a checkpoint belongs to no module: it is carried along as it is."""
+    used = {whole_name(name) for name in architecture.disk_names.values()}
+    others = [tensor for name, tensor in tensors.items() if name not in used]
+    share = sum(t.nbytes for t in others) / max(1, sum(t.nbytes for t in tensors.values()))
+    if share < UNUSED_SHARE:
+        return []
+    return [
+        f"{len(others)} tensors, {share:.0%} of the checkpoint, belong to no module of "
+        f"{type(architecture.model).__name__}, first {others[0].name!r}: copied as they are"
+    ]
 
 
 def select(linears: list[Linear], ignore: tuple[str, ...]) -> list[Linear]:

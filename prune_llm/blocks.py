@@ -46,6 +46,21 @@ class _Captured(Exception):
     """Raised inside a forward pass when what was wanted has been seen."""
 
 
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What a model's own code raises, as one line that names the module."""
+    try:
+        yield
+    except (_Captured, ValueError, AssertionError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name}: fails when it runs ({type(error).__name__}: {reason}); config.json and the "
+            "weights may not be of one model, or transformers of another version"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Call:
     """How the model calls one block: everything but the hidden states, and how it answers."""
@@ -216,7 +231,8 @@ class Walk:
             ValueError: what a block receives beside the hidden states depends on the tokens.
         """
         _, first = self._first_call(ids_ST)
-        answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
+        with _told(self.architecture.block_name(0)):
+            answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
         self._rest = answer[1:] if isinstance(answer, tuple) else None
         calls = self._pass_through(ids_ST)
         again = self._pass_through(ids_ST.flip(1))
@@ -249,7 +265,8 @@ class Walk:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         try:
-            return model(input_ids=ids_ST.to(self.device), use_cache=False)
+            with _told(type(model).__name__):
+                return model(input_ids=ids_ST.to(self.device), use_cache=False)
         finally:
             for block in blocks:
                 del block.forward
@@ -315,10 +332,11 @@ class Walk:
     def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
         """Run the resident block, with our kernels around its linears where they agree with it."""
         block = self.architecture.blocks[index]
-        if index in self.fused and call.is_plain(hidden_STD):
-            return FusedBlock(block)(hidden_STD, call.kwargs["position_embeddings"])
-        with FastAttention():
-            return call.run(block, hidden_STD)
+        with _told(self.architecture.block_name(index)):
+            if index in self.fused and call.is_plain(hidden_STD):
+                return FusedBlock(block)(hidden_STD, call.kwargs["position_embeddings"])
+            with FastAttention():
+                return call.run(block, hidden_STD)
 
     def _choose(self, index: int, stream: Stream) -> None:
         """Compare a block with its fused form, once for each sort, on the first tokens."""
@@ -516,10 +534,17 @@ class Block:
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
         statistics.finish()
         if not all_finite(statistics.square_sum_I):
+            self._check_finite()
             raise ValueError(
                 f"{self.name}.{site.linears[0].kind}: its calibration inputs are not finite; "
                 "run with --dtype float32 or check the model's weights"
             )
+
+    def _check_finite(self) -> None:
+        """Raise ValueError where a weight of the block is why its activations are no numbers."""
+        for name, parameter in self.module.named_parameters():
+            if not all_finite(parameter):
+                raise ValueError(f"{self.name}.{name}: holds NaN or infinite weights")
 
     @torch.no_grad()
     def propagate(self) -> None:

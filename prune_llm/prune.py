@@ -384,6 +384,7 @@ class Job:
             config, checkpoint, architecture, calibration, device, dtype, on_progress, hashing
         )
         job.warnings += calibration_warnings(config, calibration)
+        job.warnings += arch.unused_warnings(architecture, checkpoint.tensors)
         return job
 
     def walk(self, survey: bool = False) -> Walk:
