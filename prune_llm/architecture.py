@@ -131,7 +131,8 @@ def _skeleton(directory: Path) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # anything, of what a config.json may say
-        reason = " ".join(str(error).split())[:300]
+        # what it could build is a long list
+        reason = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300]
         raise ValueError(
             f"{directory}: transformers cannot build a causal language model from its config.json "
             f"({reason})"

@@ -33,6 +33,14 @@ STATE = _without(MHA, "intermediate_size", "num_attention_heads", "max_position_
 LOCAL_MOE = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 MOE = {**SIZES, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 WINDOW = {"head_dim": 8, "sliding_window": 8}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 DELTA = {
     "head_dim": 8,
     "shared_expert_intermediate_size": 24,
@@ -86,6 +94,7 @@ class Family:
         dtype: on disk.
         ignore: linears that have to be left dense.
         exact: our blocks give transformers' own hidden states to the bit.
+        notes: in README's table.
     """
 
     label: str
@@ -96,6 +105,13 @@ class Family:
     dtype: torch.dtype = torch.float32
     ignore: tuple[str, ...] = ()
     exact: bool = True
+    notes: str = ""
+
+    def row(self) -> str:
+        """Of README's table."""
+        experts = {"apart": "a matrix each", "fused": "one tensor", "": ""}[self.experts]
+        exact = "yes" if self.exact else "rounding"
+        return f"| {self.label} | yes | yes | yes | {exact} | {experts} | {self.notes} |"
 
     def make(self) -> Any:
         import transformers
@@ -117,6 +133,18 @@ FAMILIES: dict[str, Family] = {
         "Gemma3TextConfig",
         {**SIZES, **WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
         LLAMA,
+    ),
+    "gemma3_vision": Family(
+        "Gemma 3 with vision",
+        "Gemma3Config",
+        {
+            "text_config": {**SIZES, **WINDOW},
+            "vision_config": VISION,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 260,
+        },
+        LLAMA,
+        notes="the decoder; vision stays dense",
     ),
     "phi3": Family("Phi-3", "Phi3Config", SIZES, PHI),
     "cohere": Family(
@@ -181,6 +209,7 @@ FAMILIES: dict[str, Family] = {
         (*ATTENTION, *FUSED),
         "fused",
         torch.bfloat16,
+        notes="bf16; MXFP4 is refused",
     ),
     "llama4": Family(
         "Llama 4 (text)",
@@ -197,7 +226,8 @@ FAMILIES: dict[str, Family] = {
             *(site.replace("mlp", "feed_forward") for site in (*FUSED, *SHARED)),
         ),
         "fused",
-        exact=False,  # transformers multiplies every expert by every token, most of them zeros
+        exact=False,
+        notes="transformers multiplies all experts by all tokens",
     ),
     "granitemoe": Family(
         "Granite MoE",
@@ -220,6 +250,7 @@ FAMILIES: dict[str, Family] = {
         ),
         "apart",
         torch.bfloat16,
+        notes="latent attention, shared experts, dense first blocks",
     ),
     "qwen3_next": Family(
         "Qwen3-Next (linear attention)",
@@ -257,5 +288,6 @@ FAMILIES: dict[str, Family] = {
         {**STATE, "state_size": 8},
         ("mixer.in_proj", "mixer.x_proj", "mixer.out_proj"),
         ignore=("mixer.dt_proj",),
+        notes="with `--ignore mixer.dt_proj`",
     ),
 }

@@ -330,3 +330,10 @@ def test_quantised_experts_are_refused(saved: Any, tmp_path: Path, cli: Any) -> 
     result = cli("prune", directory, "-o", tmp_path / "out", "--method", "magnitude")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     assert "already quantised or pruned (quant_method 'mxfp4')" in result.output
+
+
+def test_the_table_in_the_readme_is_of_these_families() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    _, _, below = readme.partition("| family | prunes | reloads | packed | exact |")
+    rows = below.partition("\n\n")[0].splitlines()[2:]
+    assert rows == [family.row() for family in FAMILIES.values()]
