@@ -11,6 +11,7 @@ Shape letters: N = tokens, D = hidden size, E = experts, k = experts of a token.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Collection
@@ -104,11 +105,11 @@ class RoutedExperts(nn.Module):
         """
         output_ND = torch.zeros_like(hidden_ND)
         if top_k_index is None or top_k_weights is None:
-            every_END = zip(hidden_ND.chunk(self.count), output_ND.chunk(self.count), strict=True)
-            for index, (x_ND, y_ND) in enumerate(every_END):
+            for index, x_ND in enumerate(hidden_ND.chunk(self.count)):
                 token_n = torch.where(x_ND.any(dim=-1))[0]
                 if len(token_n):
-                    y_ND[token_n] = self.expert(index, x_ND[token_n])
+                    y_nD = self.expert(index, x_ND[token_n])
+                    output_ND.index_add_(0, token_n + index * len(x_ND), y_nD)
             return output_ND
         for index in top_k_index.unique().tolist():
             if not 0 <= index < self.count:
@@ -165,17 +166,23 @@ def _sizes(fused: Tensor, transposed: bool) -> tuple[int, int]:
 def _linear(width: int, rows: int, layout: Layout, kind: dict[str, Any]) -> nn.Module:
     if not layout.transposed:
         return nn.Linear(width, rows, bias=layout.bias, **kind)
+    with torch.device("meta"):
+        linear: Any = _conv1d(layout.bias)(rows, width)
+    linear.weight = nn.Parameter(torch.empty(width, rows, **kind))
+    linear.bias = nn.Parameter(torch.empty(rows, **kind)) if layout.bias else None
+    return linear  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _conv1d(bias: bool) -> type[nn.Module]:
+    """A linear whose weight is [I, O]."""
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"):
-        linear: Any = Conv1D(rows, width)
-    linear.weight = nn.Parameter(torch.empty(width, rows, **kind))
-    if layout.bias:
-        linear.bias = nn.Parameter(torch.empty(rows, **kind))
-        return linear  # type: ignore[no-any-return]
-    linear.bias = None
-    linear.forward = lambda x: x @ linear.weight
-    return linear  # type: ignore[no-any-return]
+    class UnbiasedConv1D(Conv1D):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight  # type: ignore[no-any-return]
+
+    return Conv1D if bias else UnbiasedConv1D
 
 
 def unfuse(model: PreTrainedModel, in_memory: Collection[str] = ()) -> bool:
