@@ -80,6 +80,7 @@ def load(
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if is_sparse(_read_config(directory)):
         open_sparse(directory)  # our messages, before transformers builds anything
+        arguments["variant"] = VARIANT
     elif not any(file.suffix in (".safetensors", ".bin") for file in directory.iterdir()):
         open_checkpoint(directory)  # says what is missing
     loaded: PreTrainedModel
@@ -151,7 +152,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         the configuration names. Further shards are added in `_process_model_before_weight_loading`.
         """
         directory = Path(str(config.name_or_path or ""))
-        if directory.is_dir():
+        # the decoder of a model with more parts is told no path: its variant is to be asked for
+        if config.name_or_path and directory.is_dir():
             config.transformers_weights = sparse_files(directory)[0].name
         return config
 

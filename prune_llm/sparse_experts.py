@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prune_llm.experts import Gate, Layout, RoutedExperts
 from prune_llm.format import BITMASK, OFFSETS, PACKED
+from prune_llm.sparse_linear import SparseLinear
 from prune_llm_kernels import PackedWeight, sparse_linear, unpack
 
 PARTS = (BITMASK, PACKED, OFFSETS)
@@ -137,3 +138,16 @@ class SparseExperts(RoutedExperts):
 
     def extra_repr(self) -> str:
         return f"experts={self.count}, packed={', '.join(self.packed_names)}"
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    """All packed weights of a model by name: its linears', and those of single experts."""
+    found: dict[str, PackedWeight] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            found[path] = module.packed_weight()
+        elif isinstance(module, SparseExperts):
+            for leaf in module.packed_names:
+                weights = module.packed_weights(leaf)
+                found |= {f"{path}.{i}.{leaf}": weight for i, weight in enumerate(weights)}
+    return found

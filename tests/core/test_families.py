@@ -17,7 +17,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
-from tiny_models import save_model
+from tiny_models import save_model, save_tokenizer
 from torch import Tensor
 
 import prune_llm
@@ -30,6 +30,7 @@ from prune_llm.convert import export, info
 from prune_llm.experts import without_index
 from prune_llm.report import PruneReport
 from prune_llm.sparse_checkpoint import open_sparse
+from prune_llm.sparse_experts import packed_weights
 from prune_llm.statistics import Needs
 from prune_llm_kernels import dispatch
 
@@ -330,6 +331,58 @@ def test_quantised_experts_are_refused(saved: Any, tmp_path: Path, cli: Any) -> 
     result = cli("prune", directory, "-o", tmp_path / "out", "--method", "magnitude")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     assert "already quantised or pruned (quant_method 'mxfp4')" in result.output
+
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def with_vision(name: str) -> tuple[Any, str]:
+    """The config of a model whose decoder transformers builds alone, and its class."""
+    import transformers as tf
+
+    text = FAMILIES[name].settings
+    if name == "llama4":
+        sizes = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+        return (
+            tf.Llama4Config(text_config=text, vision_config={**VISION, **sizes}),
+            "Llama4ForConditionalGeneration",
+        )
+    sizes = {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+    config = tf.Qwen3_5MoeConfig(text_config=text, vision_config={**VISION, **sizes})
+    return config, "Qwen3_5MoeForConditionalGeneration"
+
+
+@pytest.mark.parametrize("name", ["llama4", "qwen3_next"])
+def test_the_decoder_of_a_model_with_vision(name: str, tmp_path: Path, corpus: Path) -> None:
+    """As Llama 4 and Qwen 3.5 lie on the hub: other names, and vision that is carried along."""
+    import transformers as tf
+
+    config, kind = with_vision(name)
+    torch.manual_seed(0)
+    getattr(tf, kind)(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    for form in ("dense", "sparse"):
+        settings = PruneConfig(calibration=str(corpus), format=form, **SETTINGS)
+        report = prune(tmp_path / "model", settings, tmp_path / form)
+        assert any(
+            "belong to no module" in w and "copied as they are" in w for w in report.warnings
+        )
+    before, after = tensors(tmp_path / "model"), tensors(tmp_path / "dense")
+    assert before.keys() == after.keys()
+    vision = [key for key in before if "vision" in key or "visual" in key]
+    assert vision and all(torch.equal(before[key], after[key]) for key in vision)
+    whole, found = getattr(tf, kind).from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(found.values())
+    packed = prune_llm.load(tmp_path / "sparse")
+    assert packed_weights(packed)
+    torch.testing.assert_close(logits(packed), logits(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_the_table_in_the_readme_is_of_these_families() -> None:
