@@ -30,9 +30,7 @@ from prune_llm.format import (
     BITMASK,
     OFFSETS,
     PACKED,
-    QUANT_METHOD,
     SUFFIXES,
-    SparseFormat,
     offsets_dtype,
 )
 from prune_llm.sparse_checkpoint import (
@@ -44,6 +42,7 @@ from prune_llm.sparse_checkpoint import (
     split_packed,
 )
 from prune_llm.sparse_experts import SparseExperts
+from prune_llm.sparse_format import QUANT_METHOD, SparseFormat
 from prune_llm.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:

@@ -35,10 +35,8 @@ from prune_llm.format import (
     BITMASK,
     OFFSETS,
     PACKED,
-    QUANT_METHOD,
     SUFFIXES,
     Header,
-    SparseFormat,
     check_headers,
     pack,
     saves_space,
@@ -47,6 +45,7 @@ from prune_llm.format import (
 )
 from prune_llm.masks import Pattern
 from prune_llm.slices import joined_packed, slice_names, with_parts
+from prune_llm.sparse_format import QUANT_METHOD, SparseFormat
 
 # transformers' names for the variant "sparse"; one that does not know our form finds no file
 VARIANT = "sparse"
