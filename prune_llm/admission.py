@@ -42,10 +42,45 @@ def admit(model: str | os.PathLike[str], trust_remote_code: bool = False) -> Pat
     directory = locate(model)
     _check_files(directory)
     stored = open_stored(directory)
-    _check_references(directory, stored.config, trust_remote_code)
-    _check_counts(directory, stored.config, max(_FEW, len(stored.names)))
+    check_config(directory, stored.config, len(stored.names), trust_remote_code)
     _check_size(stored, trust_remote_code)
     return directory
+
+
+class TooLarge(ValueError):
+    """A model that is larger than its weights."""
+
+
+def check_config(
+    directory: Path, config: dict[str, Any], tensors: int, trust_remote_code: bool = False
+) -> None:
+    """What config.json alone tells about a model of so many tensors.
+
+    Raises:
+        ValueError: it names code or files of others, or promises more layers than tensors.
+    """
+    _check_references(directory, config, trust_remote_code)
+    _check_counts(directory, config, max(_FEW, tensors))
+
+
+def check_built(directory: Path, tensors: int, elements: int) -> None:
+    """Build the model without memory, of a config.json that may ask for any amount of it.
+
+    What else goes wrong is told where it is built for good.
+
+    Raises:
+        ValueError: it is far larger than the weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with _bounded(directory, tensors, elements), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except TooLarge:
+        raise
+    except Exception:
+        return
 
 
 @contextmanager
@@ -121,15 +156,15 @@ def _check_size(stored: SparseCheckpoint, trust: bool) -> None:
     directory = stored.directory
     with one_line(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust)
-        with _bounded(stored), torch.device("meta"):
+        with _bounded(directory, len(stored.names), stored.elements), torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 @contextmanager
-def _bounded(stored: SparseCheckpoint) -> Iterator[None]:
-    """While modules are built: raise ValueError as soon as they hold more than is stored."""
-    most_tensors = _SLACK * len(stored.names) + _FEW
-    most_elements = _SLACK * stored.elements + _SLACK_ELEMENTS
+def _bounded(directory: Path, stored_tensors: int, stored_elements: int) -> Iterator[None]:
+    """While modules are built: raise TooLarge as soon as they hold more than is stored."""
+    most_tensors = _SLACK * stored_tensors + _FEW
+    most_elements = _SLACK * stored_elements + _SLACK_ELEMENTS
     tensors = elements = 0
 
     def note(_owner: nn.Module, _name: str, tensor: Tensor | None) -> None:
@@ -138,9 +173,9 @@ def _bounded(stored: SparseCheckpoint) -> Iterator[None]:
             return
         tensors, elements = tensors + 1, elements + tensor.numel()
         if tensors > most_tensors or elements > most_elements:
-            raise ValueError(
-                f"{stored.directory}: config.json describes a larger model than the weights, which "
-                f"are {len(stored.names)} tensors of {stored.elements} elements together"
+            raise TooLarge(
+                f"{directory}: config.json describes a larger model than the weights, which "
+                f"are {stored_tensors} tensors of {stored_elements} elements together"
             )
 
     handles = [

@@ -3,17 +3,27 @@ decoder blocks, prunable weights, ties, and where each parameter lies on disk.""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prune_llm.experts import Experts, is_expert_merge, unfuse
+from prune_llm.admission import check_built, check_config
+from prune_llm.checkpoint import StoredTensor, _read_config
+from prune_llm.experts import (
+    Experts,
+    RoutedExperts,
+    is_expert_merge,
+    slice_name,
+    unfuse,
+    whole_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,17 +96,27 @@ class Architecture:
         return [linear for linear in found if linear.weight_name not in self.tied]
 
 
-def build(directory: Path, tensor_names: Iterable[str]) -> Architecture:
+def build(directory: Path, tensors: Mapping[str, StoredTensor]) -> Architecture:
     """Build the model of a checkpoint without its weights and take it apart.
 
     Raises:
-        ValueError: not a causal LM that transformers knows, no list of decoder blocks, weights
-            that are missing on disk or stored in a form that needs conversion.
+        ValueError: not a causal LM that transformers knows, or larger than its weights; no list of
+            decoder blocks; weights that are missing on disk or stored in a form that needs
+            conversion, or that are mostly no linears.
     """
+    tensor_names = list(tensors)
+    check_config(directory, _read_config(directory), len(tensors))
+    check_built(directory, len(tensors), sum(math.prod(t.shape) for t in tensors.values()))
     model = _skeleton(directory)
+    stored = {memory: disk for disk, memory in _in_memory(model, tensor_names).items()}
+    _check_shapes(model, stored, tensors)
+    unfuse(model, stored)
+    model.tie_weights()
+    model.requires_grad_(False)
     blocks_name, blocks = _decoder_blocks(model)
-    _refuse_fused_weights(blocks, blocks_name)
-    disk_names = _disk_names(model, list(tensor_names))
+    _refuse_other_weights(blocks, blocks_name)
+    disk_names = _disk_names(model, tensor_names, stored)
+    _check_shapes(model, disk_names, tensors)
     return Architecture(model, blocks_name, blocks, disk_names, tied_names(model))
 
 
@@ -105,24 +125,26 @@ def _skeleton(directory: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("it encodes and decodes; models that only decode can be pruned")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # anything, of what a config.json may say
+        # what it could build is a long list
+        reason = " ".join(str(error).split()).partition(" Model type should be one of")[0][:300]
         raise ValueError(
             f"{directory}: transformers cannot build a causal language model from its config.json "
             f"({reason})"
         ) from None
-    unfuse(model)
-    model.tie_weights()
-    model.requires_grad_(False)
     return model.eval()
 
 
 def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The module list with one entry per hidden layer that holds the most parameters."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
+    if count < 1:
+        raise ValueError(f"{type(model).__name__}: its config.json has num_hidden_layers {count}")
     found = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
@@ -148,12 +170,15 @@ def _linears(block: nn.Module, block_name: str) -> list[Linear]:
 
 
 def _is_router(block: nn.Module, kind: str, module: nn.Module) -> bool:
-    """Whether a linear scores experts: it has one output per entry of a list beside it, or one."""
-    siblings = block.get_submodule(kind.rpartition(".")[0]).children()
+    """Whether a linear scores experts: it has one output, or one for each entry of a list beside it
+    or beside what it is part of."""
     outputs = getattr(module, "out_features", None)
     if outputs == 1:  # how much a shared expert counts
         return True
-    return any(isinstance(s, nn.ModuleList | Experts) and len(s) == outputs for s in siblings)
+    path = kind.split(".")
+    above = [block.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    beside = [child for owner in above for child in owner.children()]
+    return any(isinstance(s, nn.ModuleList | RoutedExperts) and len(s) == outputs for s in beside)
 
 
 def block_linears(model: PreTrainedModel) -> list[Linear]:
@@ -173,24 +198,48 @@ def tied_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in named if uses[id(parameter)] > 1)
 
 
-def _refuse_fused_weights(blocks: nn.ModuleList, blocks_name: str) -> None:
+# of a checkpoint's bytes: below it, masks and the like
+UNUSED_SHARE = 0.01
+# modules whose weights are not matrices that tokens are multiplied by
+_DENSE = (nn.Conv1d, nn.Embedding)
+
+
+def _refuse_other_weights(blocks: nn.ModuleList, blocks_name: str) -> None:
+    """Raise where most of the blocks' weights lie in something that is no linear."""
+    own = {id(linear.weight) for block in blocks for linear in _linears(block, blocks_name)}
+    others = []
     for name, parameter in blocks.named_parameters():
         owner = blocks.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim >= 3 and not isinstance(owner, nn.Conv1d):
+        if parameter.ndim < 2 or id(parameter) in own or isinstance(owner, _DENSE):
+            continue
+        if parameter.ndim >= 3:
             raise ValueError(
                 f"{blocks_name}.{name}: fused weights of shape {tuple(parameter.shape)} are of a "
-                "kind that is not supported; linears and experts of act(gate) * up are"
+                "kind that is not supported; linears, and experts that transformers can switch "
+                "between implementations, are"
             )
+        others.append((parameter.numel(), name, tuple(parameter.shape)))
+    linears = sum(p.numel() for p in blocks.parameters() if id(p) in own)
+    if sum(size for size, _, _ in others) > linears:
+        _, name, shape = max(others)
+        raise ValueError(
+            f"{blocks_name}.{name}: weights of shape {shape} are no linear, and most of the model "
+            "is of their kind; it would stay dense, this architecture is not supported"
+        )
 
 
-def _disk_names(model: PreTrainedModel, tensor_names: list[str]) -> dict[str, str]:
-    """Match the names on disk with the names in memory, by transformers' own renaming rules."""
+def _disk_names(
+    model: PreTrainedModel, tensor_names: list[str], fused: dict[str, str]
+) -> dict[str, str]:
+    """Match the names on disk with the names in memory, by transformers' own renaming rules.
+
+    Args:
+        fused: the same before the model's experts were taken apart.
+    """
     state = model.state_dict(keep_vars=True)
-    names = {}
-    for disk_name in tensor_names:
-        memory_name = _memory_name(model, disk_name, state)
-        if memory_name in state:
-            names[memory_name] = disk_name
+    found = _in_memory(model, tensor_names)
+    names = {memory: disk for disk, memory in found.items() if memory in state}
+    names |= _names_in_fused(model, fused)
     stored = {id(state[name]): disk_name for name, disk_name in names.items()}
     names |= {n: stored[id(t)] for n, t in state.items() if n not in names and id(t) in stored}
     missing = [name for name, _ in model.named_parameters() if name not in names]
@@ -202,19 +251,61 @@ def _disk_names(model: PreTrainedModel, tensor_names: list[str]) -> dict[str, st
     return names
 
 
-def _memory_name(model: PreTrainedModel, disk_name: str, state: dict[str, Any]) -> str:
+def _check_shapes(
+    model: PreTrainedModel, disk_names: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> None:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        stored = tensors.get(disk_names.get(name, ""))
+        if stored is not None and tuple(tensor.shape) != stored.shape:
+            raise ValueError(
+                f"{stored.name}: is stored with shape {list(stored.shape)}, and "
+                f"{type(model).__name__} has {list(tensor.shape)}; config.json and the weights are "
+                "not of one model"
+            )
+
+
+def _names_in_fused(model: PreTrainedModel, fused: dict[str, str]) -> dict[str, str]:
+    """The weights of experts that lie in one tensor on disk, as slices of it."""
+    return {
+        f"{path}.{name}": slice_name(fused[f"{path}.{tensor}"], index)
+        for path, module in model.named_modules()
+        if isinstance(module, Experts) and module.layout.fused
+        for name, (tensor, index) in module.stored_names().items()
+        if f"{path}.{tensor}" in fused
+    }
+
+
+def _in_memory(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, str]:
+    """What a tensor on disk is called in the model; one that needs conversion keeps its name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    if disk_name in state:
-        return disk_name
+    state = model.state_dict(keep_vars=True)
     mapping = [rule for rule in get_model_conversion_mapping(model) if not is_expert_merge(rule)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    name, converter = rename_source_key(
-        disk_name, renamings, converters, model.base_model_prefix, state
-    )
-    return disk_name if converter is not None else str(name)
+    found = {}
+    for disk_name in disk_names:
+        found[disk_name] = disk_name
+        if disk_name not in state:
+            name, converter = rename_source_key(
+                disk_name, renamings, converters, model.base_model_prefix, state
+            )
+            found[disk_name] = disk_name if converter is not None else str(name)
+    return found
+
+
+def unused_warnings(architecture: Architecture, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Where much of a checkpoint belongs to no module: it is carried along as it is."""
+    used = {whole_name(name) for name in architecture.disk_names.values()}
+    others = [tensor for name, tensor in tensors.items() if name not in used]
+    share = sum(t.nbytes for t in others) / max(1, sum(t.nbytes for t in tensors.values()))
+    if share < UNUSED_SHARE:
+        return []
+    return [
+        f"{len(others)} tensors, {share:.0%} of the checkpoint, belong to no module of "
+        f"{type(architecture.model).__name__}, first {others[0].name!r}: copied as they are"
+    ]
 
 
 def select(linears: list[Linear], ignore: tuple[str, ...]) -> list[Linear]:

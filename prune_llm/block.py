@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from prune_llm.architecture import Linear
 from prune_llm.checkpoint import DTYPES
 from prune_llm.pairing import Read, Routing, paired_rows, silenced
-from prune_llm.sites import Site, Stage, stages_of
-from prune_llm.statistics import InputStatistics, Needs, all_finite
+from prune_llm.sites import Site, Stage, stages_of, within_budget
+from prune_llm.statistics import InputStatistics, Needs, all_finite, statistics_nbytes
 from prune_llm.streams import Captured, Stream, hidden_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 ERROR_TOKENS = 128
 # batches on which a change of a block's output is measured
 CHANGE_BATCHES = 2
+# of the sites that are measured in one pass; more take another pass through the block
+STATISTICS_BYTES = 4 << 30
 
 
 class Block:
@@ -49,18 +52,22 @@ class Block:
         self._passed = False
         self._ahead = False  # whether the dense stream is behind this block already
         self._first_batches: dict[int, Tensor] = {}  # outputs, see `output_change`
+        self._held: list[tuple[Linear, Tensor]] | None = None
         self._passes, self._ran = 1, 0  # over all batches: how many there will be, batches run
 
     def weight_OI(self, linear: Linear) -> Tensor:
         """The dense weight, float32 [O, I] on the device, at the precision it is stored in."""
         disk_name = self._walk.architecture.disk_names[linear.weight_name]
-        stored = self._walk.checkpoint.tensors[disk_name]
+        stored = self._walk.checkpoint.tensor(disk_name)
         same = DTYPES[stored.dtype] == self._walk.dtype
         weight = linear.weight.detach() if same else stored.read()
         return linear.to_OI(weight).to(self._walk.device, torch.float32)
 
     def assign(self, linear: Linear, stored: Tensor) -> None:
         """Give a linear its pruned weight, in the module's own orientation."""
+        if self._held is not None:  # sites of the dense block are still to be measured
+            self._held.append((linear, stored))
+            return
         weight = stored.to(self._walk.device, self._walk.dtype)
         linear.module.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -71,23 +78,38 @@ class Block:
         it can undo what they broke.
         """
         stages = self._stages() if self._staged else [None]
-        self._passes = len(stages)
-        for stage in stages:
-            collected = self.collect(needs, stage)
+        passes = [(stage, group) for stage in stages for group in self._groups(needs, stage)]
+        self._passes = len(passes)
+        # without stages all sites are to be measured on the dense block
+        self._held = [] if len(stages) < len(passes) and not self._staged else None
+        for stage, group in passes:
+            part = None if stage is None else replace(stage, sites=group)
+            collected = self.collect(needs, part, group)
             for site in list(collected):
                 yield site, collected.pop(site)
+        held, self._held = self._held or [], None
+        for linear, stored in held:
+            self.assign(linear, stored)
+
+    def _groups(self, needs: Needs, stage: Stage | None) -> list[tuple[Site, ...]]:
+        """Sites that are measured in one pass: as many as their statistics leave room for."""
+        if self._stream is None:
+            return [()]
+        sites = self._sites() if stage is None else stage.sites
+        sizes = [statistics_nbytes(site.width, needs, self._staged) for site in sites]
+        return within_budget(list(sites), sizes, STATISTICS_BYTES)
 
     def _stages(self) -> list[Stage]:
         return stages_of(self._sites(), lambda: hidden_of(self._first_batch()), self._walk.adding)
 
     @torch.no_grad()
     def collect(
-        self, needs: Needs, stage: Stage | None = None
+        self, needs: Needs, stage: Stage | None = None, group: tuple[Site, ...] = ()
     ) -> dict[Site, InputStatistics | None]:
-        """Statistics of each site (of a stage) over all calibration samples, in one pass."""
+        """Statistics of each site (of a stage, or of a group) over all samples, in one pass."""
         if self._stream is None:
             return {Site((linear,)): None for linear in self.linears}
-        sites = self._sites() if stage is None else stage.sites
+        sites = group or (self._sites() if stage is None else stage.sites)
         device, dense = self._walk.device, self._staged
         statistics = {site: InputStatistics(site.width, device, needs, dense) for site in sites}
         for number in range(len(self._stream)):
@@ -188,10 +210,17 @@ class Block:
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
         statistics.finish()
         if not all_finite(statistics.square_sum_I):
+            self._check_finite()
             raise ValueError(
                 f"{self.name}.{site.linears[0].kind}: its calibration inputs are not finite; "
                 "run with --dtype float32 or check the model's weights"
             )
+
+    def _check_finite(self) -> None:
+        """Raise ValueError where a weight of the block is why its activations are no numbers."""
+        for name, parameter in self.module.named_parameters():
+            if not all_finite(parameter):
+                raise ValueError(f"{self.name}.{name}: holds NaN or infinite weights")
 
     def pass_on(self) -> None:
         """Move the streams behind this block and let go of its weights; once."""

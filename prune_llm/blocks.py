@@ -27,7 +27,7 @@ from prune_llm.fused_block import FusedBlock, agrees
 from prune_llm.memory import trim_heap
 from prune_llm.sites import Site, _complete, _observe
 from prune_llm.stream_files import Store, StreamFile
-from prune_llm.streams import Call, Captured, Stream, hidden_of, same_call, split_call
+from prune_llm.streams import Call, Captured, Stream, hidden_of, same_call, split_call, told
 
 # on which a block is compared with its fused form
 PROBE_TOKENS = 64
@@ -170,7 +170,7 @@ class Walk:
             disk_name = self.architecture.disk_names.get(name)
             if disk_name is None:
                 continue  # a buffer that its module makes itself
-            tensor = self.checkpoint.tensors[disk_name].read()
+            tensor = self.checkpoint.tensor(disk_name).read()
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             _set_tensor(self.architecture.model, name, tensor.to(self.device, dtype))
 
@@ -239,7 +239,8 @@ class Walk:
             ValueError: what a block receives beside the hidden states depends on the tokens.
         """
         _, first = self._first_call(ids_ST)
-        answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
+        with told(self.architecture.block_name(0)):
+            answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
         self._rest = answer[1:] if isinstance(answer, tuple) else None
         calls = self._pass_through(ids_ST)
         again = self._pass_through(ids_ST.flip(1))
@@ -272,7 +273,8 @@ class Walk:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         try:
-            return model(input_ids=ids_ST.to(self.device), use_cache=False)
+            with told(type(model).__name__):
+                return model(input_ids=ids_ST.to(self.device), use_cache=False)
         finally:
             for block in blocks:
                 del block.forward
@@ -339,10 +341,11 @@ class Walk:
     def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
         """Run the resident block, with our kernels around its linears where they agree with it."""
         block = self.architecture.blocks[index]
-        if index in self.fused and call.is_plain(hidden_STD):
-            return FusedBlock(block)(hidden_STD, call.kwargs["position_embeddings"])
-        with FastAttention():
-            return call.run(block, hidden_STD)
+        with told(self.architecture.block_name(index)):
+            if index in self.fused and call.is_plain(hidden_STD):
+                return FusedBlock(block)(hidden_STD, call.kwargs["position_embeddings"])
+            with FastAttention():
+                return call.run(block, hidden_STD)
 
     def _choose(self, index: int, stream: Stream) -> None:
         """Compare a block with its fused form, once for each sort, on the first tokens."""

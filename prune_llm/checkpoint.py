@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from prune_llm.experts import slice_name, split_name
+
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -66,6 +68,19 @@ class StoredTensor:
             if file.readinto(memoryview(data.numpy())) != self.nbytes:  # type: ignore[arg-type]
                 raise ValueError(f"{self.file}: ends inside tensor {self.name!r}; get it again")
         return data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it may hold the experts of a block, one behind the other."""
+        return len(self.shape) > 2 and self.shape[0] > 0
+
+    def slice(self, index: int) -> StoredTensor:
+        """Where one entry of the first dimension lies."""
+        count = self.shape[0]
+        assert 0 <= index < count, f"{self.name} has {count} slices"
+        size = self.nbytes // count
+        name, start = slice_name(self.name, index), self.start + index * size
+        return replace(self, name=name, shape=self.shape[1:], start=start, nbytes=size)
 
     def chunks(self) -> Iterator[bytes]:
         """The raw bytes, at most COPY_BYTES at a time."""
@@ -174,6 +189,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def tensor(self, name: str) -> StoredTensor:
+        """A tensor by its name, or an expert of a fused one: "experts.down_proj[3]"."""
+        whole, index = split_name(name)
+        return self.tensors[name] if index is None else self.tensors[whole].slice(index)
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """Hash of names, dtypes, shapes and bytes; the same however the tensors are sharded."""
@@ -371,7 +391,9 @@ def _write_file(file: Path, tensors: list[StoredTensor]) -> dict[str, StoredTens
     with file.open("wb") as out:
         out.write(header)
         for tensor in tensors:
-            written[tensor.name] = replace(tensor, file=file, start=out.tell())
+            written[tensor.name] = StoredTensor(
+                tensor.name, tensor.dtype, tensor.shape, file, out.tell(), tensor.nbytes
+            )
             for chunk in tensor.chunks():
                 out.write(chunk)
         out.flush()

@@ -17,17 +17,19 @@ from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
     Checkpoint,
+    StoredTensor,
     _read_config,
     locate,
     open_checkpoint,
     save_part,
     write_shards,
 )
-from prune_llm.experts import without_index
+from prune_llm.experts import whole_name, without_index
 from prune_llm.format import DTYPES as PACKABLE
 from prune_llm.format import PACKED
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
+from prune_llm.slices import stacked
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,
     SparseWriter,
@@ -41,6 +43,8 @@ from prune_llm.staging import Staging
 FORMATS = ("dense", "sparse")
 # "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"
 BLOCK_WEIGHT = re.compile(r"(?:^|\.)\d+\.(.+)\.weight$")
+# "model.layers.3.mlp.experts.down_proj": no convolution, which has three dimensions too
+FUSED_EXPERTS = re.compile(r"\.experts\.\w+$|_linear\.weight$")
 
 
 OnProgress = Callable[[int, int], None]
@@ -88,8 +92,8 @@ def _compare(sparse: SparseCheckpoint, dense: Checkpoint) -> None:
     if set(sparse.names) != dense.tensors.keys():
         different = sorted(set(sparse.names) ^ dense.tensors.keys())
         raise RuntimeError(f"tensor names differ after writing, first {different[0]!r}")
-    for name, tensor in dense.tensors.items():
-        one, other = sparse.read(name), tensor.read()
+    for name in (piece for whole in dense.tensors for piece in sparse.pieces(whole)):
+        one, other = sparse.read(name), dense.tensor(name).read()
         if one.dtype != other.dtype or one.shape != other.shape or not _same_bits(one, other):
             raise RuntimeError(f"{name}: differs after writing: a bug, or a broken disk")
 
@@ -99,10 +103,14 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _write_dense(source: SparseCheckpoint, directory: Path, on_progress: OnProgress | None) -> None:
-    tensors = dict(source.plain)
+    tensors, parts = dict(source.plain), 0
     for index, name in enumerate(source.packed):
-        part = directory / f"weight-{index:06d}.part"
-        tensors |= save_part(part, {name: source.read(name)})
+        written: dict[str, StoredTensor] = {}
+        for piece in source.pieces(name):
+            parts += 1
+            part = directory / f"weight-{parts:06d}.part"
+            written |= save_part(part, {piece: source.read(piece)})
+        tensors[name] = written[name] if name in written else stacked(name, written)
         _tell(on_progress, index + 1, len(source.packed))
     write_shards(directory, [tensors[name] for name in sorted(tensors)])
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -113,7 +121,7 @@ def _write_sparse(source: Checkpoint, directory: Path, on_progress: OnProgress |
     linears = pruned_linears(source)
     writer = SparseWriter(directory, common_pattern(linears))
     for done, linear in enumerate(linears, 1):
-        stored = source.tensors[linear.tensor].read()
+        stored = source.tensor(linear.tensor).read()
         writer.add({linear.tensor: stored}, [linear.tensor] if linear.transposed else [])
         _tell(on_progress, done, len(linears))
     if not writer.packed:
@@ -143,7 +151,8 @@ def pruned_linears(source: Checkpoint) -> list[PrunedLinear]:
     """What `prune` says it pruned, or for checkpoints of others every linear of every block."""
     report = read_report(source.directory)
     if report:
-        return [linear for linear in _reported(report) if linear.tensor in source.tensors]
+        known = source.tensors
+        return [linear for linear in _reported(report) if whole_name(linear.tensor) in known]
     from prune_llm import architecture
 
     model = architecture.build(source.directory, source.tensors)
@@ -151,7 +160,7 @@ def pruned_linears(source: Checkpoint) -> list[PrunedLinear]:
         PrunedLinear(model.disk_names[linear.weight_name], None, linear.transposed)
         for index in range(len(model.blocks))
         for linear in model.linears(index)
-        if DTYPES[source.tensors[model.disk_names[linear.weight_name]].dtype] in PACKABLE
+        if DTYPES[source.tensor(model.disk_names[linear.weight_name]).dtype] in PACKABLE
     ]
 
 
@@ -286,18 +295,42 @@ def _levels(activation: dict[str, Any]) -> list[str]:
 def _kinds(checkpoint: SparseCheckpoint) -> list[KindInfo]:
     found: dict[str, KindInfo] = {}
     for name, tensor in checkpoint.plain.items():
-        kind = BLOCK_WEIGHT.search(name)
-        if kind is not None and len(tensor.shape) == 2 and DTYPES[tensor.dtype] in PACKABLE:
-            weight = tensor.read()
+        if not _is_linear(name, tensor):
+            continue
+        for piece in _plain_pieces(tensor):
+            weight, size = piece.read(), piece.nbytes
             zeros = weight.numel() - int(torch.count_nonzero(weight))
-            size = tensor.nbytes
-            _add(found, KindInfo(without_index(kind[1]), 1, 0, weight.numel(), zeros, size, size))
+            label = _kind(name, tensor.is_fused)
+            _add(found, KindInfo(label, 1, 0, weight.numel(), zeros, size, size))
     for packed in checkpoint.packed.values():
-        kind = BLOCK_WEIGHT.search(packed.name)
-        weights = packed.shape_OI[0] * packed.shape_OI[1]
-        zeros, label = weights - packed.kept, without_index(kind[1] if kind else packed.name)
-        _add(found, KindInfo(label, 1, 1, weights, zeros, packed.dense_nbytes, packed.nbytes))
+        count, zeros = packed.experts or 1, packed.elements - packed.kept
+        label = _kind(packed.name, fused=packed.experts is not None)
+        sizes = packed.dense_nbytes, packed.nbytes
+        _add(found, KindInfo(label, count, count, packed.elements, zeros, *sizes))
     return list(found.values())
+
+
+def _is_linear(name: str, tensor: StoredTensor) -> bool:
+    """As far as names and shapes tell: a matrix of a block, or its experts' in one tensor."""
+    if DTYPES[tensor.dtype] not in PACKABLE or len(tensor.shape) not in (2, 3):
+        return False
+    if len(tensor.shape) == 2:
+        return BLOCK_WEIGHT.search(name) is not None
+    return FUSED_EXPERTS.search(name) is not None and min(tensor.shape) > 1
+
+
+def _plain_pieces(tensor: StoredTensor) -> list[StoredTensor]:
+    if not tensor.is_fused:
+        return [tensor]
+    return [tensor.slice(index) for index in range(tensor.shape[0])]
+
+
+def _kind(name: str, fused: bool) -> str:
+    """ "mlp.experts.*.up_proj", whether each expert has a tensor or all have one."""
+    found = BLOCK_WEIGHT.search(name if name.endswith(".weight") else name + ".weight")
+    kind = without_index(found[1]) if found else name
+    path, _, leaf = kind.rpartition(".")
+    return f"{path}.*.{leaf}" if fused and path.endswith("experts") else kind
 
 
 def _add(found: dict[str, KindInfo], one: KindInfo) -> None:
@@ -312,13 +345,16 @@ def _provenance(report: dict[str, Any]) -> dict[str, Any]:
 def _verify(checkpoint: SparseCheckpoint, report: dict[str, Any]) -> int:
     """Read and check everything; returns the number of tensors."""
     nonzero = {x.tensor: x.nonzero for x in _reported(report)} if report else {}
-    missing = sorted(nonzero.keys() - set(checkpoint.names))
+    missing = sorted({whole_name(name) for name in nonzero} - set(checkpoint.names))
     if missing:
         raise ValueError(f"{missing[0]}: is in {REPORT_FILE} and not in the checkpoint")
+    fused = {whole_name(name) for name in nonzero} - nonzero.keys()
     for name, tensor in checkpoint.plain.items():
-        _check_values(name, tensor.read(), nonzero.get(name))
-    for name, weight in checkpoint.packed.items():
-        _check_values(name, weight.read(checkpoint.pattern)[PACKED], nonzero.get(name))
+        for piece in _plain_pieces(tensor) if name in fused else [tensor]:
+            _check_values(piece.name, piece.read(), nonzero.get(piece.name))
+    for name in (piece for whole in checkpoint.packed for piece in checkpoint.pieces(whole)):
+        values = checkpoint.weight(name).read(checkpoint.pattern)[PACKED]
+        _check_values(name, values, nonzero.get(name))
     return len(checkpoint.names)
 
 

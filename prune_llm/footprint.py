@@ -308,7 +308,7 @@ def _values(module: nn.Module) -> int:
 
 def _stored_bytes(job: Job, linears: list[arch.Linear]) -> int:
     names = (job.architecture.disk_names[linear.weight_name] for linear in linears)
-    return sum(job.checkpoint.tensors[name].nbytes for name in names)
+    return sum(job.checkpoint.tensor(name).nbytes for name in names)
 
 
 def _packed_bytes(job: Job, linears: list[arch.Linear]) -> int:

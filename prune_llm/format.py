@@ -3,14 +3,22 @@
 Pure tensors: no file, no model. A weight ``P.weight`` [O, I] becomes ``P.weight_bitmask``,
 ``P.weight_packed`` and, unless its pattern fixes the count per row, ``P.weight_offsets``.
 
-Shape letters: O = output features, I = input features, B = ceil(I / 8) bytes of mask per row,
-K = kept per row (N:M patterns), nnz = kept in all.
+Fused experts, a tensor P [E, O, I] or [E, I, O] on disk (with or without ".weight" at the end of
+its name), are packed expert by expert, each as if it were alone, and stored one behind the other:
+``P_bitmask`` uint8 [E, O, B], ``P_packed`` [E, O, K], or [nnz] flat with ``P_offsets`` [E, O + 1].
+An expert's offsets count from its own first value: its values begin where those of the expert
+before it end, and offsets[e, O] of them are its own. Rows are output features in the order of the
+dense tensor (gate and up interleaved stay interleaved); I-major tensors are named in
+``transposed``, like GPT-2's. Such a tensor is packed whole or not at all.
+
+Shape letters: E = experts, O = output features, I = input features, B = ceil(I / 8) bytes of mask
+per row, K = kept per row (N:M patterns), nnz = kept in all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +28,6 @@ from torch import Tensor
 
 from prune_llm.masks import Pattern, pruned_per_row, tail_kept
 
-FORMAT_VERSION = 1
-QUANT_METHOD = "prune_llm"
 BITMASK, PACKED, OFFSETS = "_bitmask", "_packed", "_offsets"
 SUFFIXES = (BITMASK, PACKED, OFFSETS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -222,6 +228,8 @@ def check_headers(
             raise ValueError(f"{name}{suffix}: is missing; get the checkpoint again")
     if pattern.m is not None and OFFSETS in headers:
         raise ValueError(f"{name}{OFFSETS}: is there, but pattern {pattern} has no offsets")
+    if len(headers[BITMASK].shape) == 3:
+        headers = _of_one_expert(name, headers)
     bitmask, packed, offsets = headers[BITMASK], headers[PACKED], headers.get(OFFSETS)
     _check_header(f"{name}{BITMASK}", bitmask, (torch.uint8,), 2)
     rows, row_bytes = bitmask.shape
@@ -242,6 +250,24 @@ def check_headers(
             f"{name}{PACKED}: holds {packed.shape[0]} values, its weight has {rows * width}"
         )
     return width
+
+
+def _of_one_expert(name: str, headers: dict[str, Header]) -> dict[str, Header]:
+    """The headers of fused experts, as those of one of them alone. ValueError where they differ."""
+    experts = headers[BITMASK].shape[0]
+    found = {}
+    for suffix, header in headers.items():
+        if suffix == PACKED and OFFSETS in headers:  # flat: at most as many a head, on average
+            values = -(-header.shape[0] // max(experts, 1)) if len(header.shape) == 1 else 0
+            flat = len(header.shape) == 1
+            found[suffix] = Header(header.dtype, (values,) if flat else header.shape)
+            continue
+        if experts < 1 or header.shape[:1] != (experts,):
+            raise ValueError(
+                f"{name}{suffix}: has shape {list(header.shape)} for {experts} experts"
+            )
+        found[suffix] = Header(header.dtype, header.shape[1:])
+    return found
 
 
 def _check_header(
@@ -310,91 +336,4 @@ def _check_offsets(name: str, bitmask: Tensor, nnz: int, offsets: Tensor) -> Non
         raise ValueError(
             f"{name}{OFFSETS}: gives row {row} {starts[row + 1] - starts[row]} values, its mask "
             f"keeps {counts[row]}"
-        )
-
-
-@dataclass(frozen=True)
-class SparseFormat:
-    """``quantization_config`` in the config.json of a sparse checkpoint.
-
-    Attributes:
-        pattern: of the pruned weights.
-        ignore: modules whose matrix is stored as it was.
-        in_features: I of the packed weights where it is no multiple of 8; of all others it is 8
-            for each byte of a mask row.
-        transposed: weights that the model stores dense as [I, O] (GPT-2's Conv1D); packed they
-            are [O, I] like every other, because patterns and kernels run along the inputs.
-        activation: activation thresholds, if any.
-    """
-
-    pattern: str
-    ignore: tuple[str, ...] = ()
-    in_features: dict[str, int] = field(default_factory=dict)
-    transposed: tuple[str, ...] = ()
-    activation: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    quant_method: str = QUANT_METHOD
-
-    def __post_init__(self) -> None:
-        if self.quant_method != QUANT_METHOD:
-            raise ValueError(f"quant_method {self.quant_method!r}: must be {QUANT_METHOD!r}")
-        check_version(self.format_version)
-        Pattern.parse(self.pattern)
-        for name, width in self.in_features.items():
-            if not isinstance(width, int) or width < 1:
-                raise ValueError(f"in_features of {name!r} is {width!r}; must be 1 or more")
-
-    @classmethod
-    def parse(cls, settings: dict[str, Any]) -> SparseFormat:
-        """Read ``quantization_config``. Keys of a later minor revision are left out.
-
-        Raises:
-            ValueError: another method, an unknown version, or a value that is malformed.
-        """
-        check_version(settings.get("format_version"))
-        if "pattern" not in settings:
-            raise ValueError("quantization_config: has no pattern; get the checkpoint again")
-        values = {
-            entry.name: settings[entry.name] for entry in fields(cls) if entry.name in settings
-        }
-        for key, value in values.items():
-            if not isinstance(value, _JSON_TYPES[key]):
-                raise ValueError(f"quantization_config: {key} is {value!r}; it is damaged")
-        for key in ("ignore", "transposed"):
-            values[key] = tuple(values.get(key, ()))
-        return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is saved; what is empty and optional is left out."""
-        settings: dict[str, Any] = {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            "pattern": self.pattern,
-            "ignore": list(self.ignore),
-        }
-        optional = {
-            "in_features": self.in_features,
-            "transposed": list(self.transposed),
-            "activation": self.activation,
-        }
-        return settings | {key: value for key, value in optional.items() if value}
-
-
-_JSON_TYPES: dict[str, type | tuple[type, ...]] = {
-    "pattern": str,
-    "ignore": (list, tuple),
-    "in_features": dict,
-    "transposed": (list, tuple),
-    "activation": dict,
-    "format_version": int,
-    "quant_method": str,
-}
-
-
-def check_version(version: object) -> None:
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        fix = "install a newer prune_llm" if newer else "the checkpoint is damaged; get it again"
-        raise ValueError(
-            f"format_version {version!r}: this prune_llm reads version {FORMAT_VERSION}; {fix}"
         )

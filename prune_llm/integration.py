@@ -13,19 +13,26 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from prune_llm.architecture import _memory_name
+from prune_llm.architecture import _in_memory
 from prune_llm.checkpoint import StoredTensor, _read_config, locate, open_checkpoint, read_header
-from prune_llm.experts import Experts, is_expert_merge, unfuse, without_index
-from prune_llm.format import BITMASK, OFFSETS, PACKED, QUANT_METHOD, SparseFormat, offsets_dtype
+from prune_llm.experts import Experts, fused_layout, is_expert_merge, unfuse, without_index
+from prune_llm.format import (
+    BITMASK,
+    OFFSETS,
+    PACKED,
+    SUFFIXES,
+    offsets_dtype,
+)
 from prune_llm.sparse_checkpoint import (
     VARIANT,
     PackedTensor,
@@ -34,6 +41,8 @@ from prune_llm.sparse_checkpoint import (
     sparse_files,
     split_packed,
 )
+from prune_llm.sparse_experts import SparseExperts
+from prune_llm.sparse_format import QUANT_METHOD, SparseFormat
 from prune_llm.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
@@ -70,6 +79,7 @@ def load(
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if is_sparse(_read_config(directory)):
         open_sparse(directory)  # our messages, before transformers builds anything
+        arguments["variant"] = VARIANT
     elif not any(file.suffix in (".safetensors", ".bin") for file in directory.iterdir()):
         open_checkpoint(directory)  # says what is missing
     loaded: PreTrainedModel
@@ -141,7 +151,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         the configuration names. Further shards are added in `_process_model_before_weight_loading`.
         """
         directory = Path(str(config.name_or_path or ""))
-        if directory.is_dir():
+        # the decoder of a model with more parts is told no path: its variant is to be asked for
+        if config.name_or_path and directory.is_dir():
             config.transformers_weights = sparse_files(directory)[0].name
         return config
 
@@ -161,22 +172,29 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         packed, _plain = split_packed(tensors, form)
         if form.activation or any(without_index(name) != name for name in packed):
             unfuse(model)  # experts are stored, and stay, a matrix each; so are their thresholds
-        state = model.state_dict(keep_vars=True)
+        names = _in_memory(model, packed)
+        experts: dict[str, dict[str, PackedTensor]] = {}
         for weight in packed.values():
-            name = _memory_name(model, weight.name, state)
-            _replace(model, name.removesuffix(".weight"), weight)
+            if weight.experts is None:
+                _replace(model, names[weight.name].removesuffix(".weight"), weight)
+            else:
+                path, _dot, leaf = names[weight.name].rpartition(".")
+                experts.setdefault(path, {})[leaf] = weight
+        for path, weights in experts.items():
+            _replace_experts(model, path, weights)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Without the rules that merge experts, where they stay apart."""
+        """Without the rules that merge experts, where they stay apart; with the names of packed
+        experts where a rule renames the dense ones."""
         if any(isinstance(module, Experts) for module in model.modules()):
             return [rule for rule in weight_conversions if not is_expert_merge(rule)]
-        return weight_conversions
+        return weight_conversions + _renamings(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        for module in _sparse_linears(model).values():
+        for module in _packed_modules(model).values():
             module.requires_grad_(False)  # transformers made new parameters of them
-            if module.weight_packed.device.type != "meta":  # else on disk: checked when used
-                module.packed_weight()
+            if not _is_offloaded(module):  # else checked when used
+                _check(module)
         if self.quantization_config.dequantize:
             self._dequantize(model)
             return
@@ -188,8 +206,10 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         """Replace packed modules by dense ones, one by one."""
         if isinstance(dtype, str):  # as the configuration has it after save_pretrained
             dtype = getattr(torch, dtype)
-        for name, module in _sparse_linears(model).items():
-            if module.weight_packed.device.type == "meta":
+        if renamings := _renamings(model, ("",)):  # transformers forgot those it had no use for
+            model._weight_conversions = [*(model._weight_conversions or []), *renamings]
+        for name, module in _packed_modules(model).items():
+            if _is_offloaded(module):
                 raise ValueError(
                     f"{name}: is offloaded to disk; load without offloading to dequantize"
                 )
@@ -209,6 +229,21 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def _renamings(model: PreTrainedModel, suffixes: tuple[str, ...] = SUFFIXES) -> list[Any]:
+    """Rules for packed experts that have other names on disk."""
+    from transformers.core_model_loading import WeightRenaming
+
+    return [
+        WeightRenaming(re.escape(module.stored_names[leaf] + suffix), f"{path}.{leaf}{suffix}")
+        for path, module in _packed_modules(model).items()
+        if isinstance(module, SparseExperts)
+        for leaf in module.packed_names
+        if module.stored_names[leaf] != f"{path}.{leaf}"
+        for suffix in suffixes
+        if not suffix or leaf + suffix in module._parameters
+    ]
+
+
 def _add_shards(checkpoint_files: list[str]) -> None:
     """In place: transformers has the first shard only, when the configuration named it."""
     first = Path(checkpoint_files[0])
@@ -218,18 +253,72 @@ def _add_shards(checkpoint_files: list[str]) -> None:
         checkpoint_files.extend(others)
 
 
-def _sparse_linears(model: PreTrainedModel) -> dict[str, SparseLinear]:
-    return {n: module for n, module in model.named_modules() if isinstance(module, SparseLinear)}
+Packed = SparseLinear | SparseExperts
+
+
+def _packed_modules(model: PreTrainedModel) -> dict[str, Packed]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, Packed)}
+
+
+def _is_offloaded(module: Packed) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
+def _check(module: Packed) -> None:
+    """Raise ValueError, naming the tensor, where packed weights are damaged."""
+    if isinstance(module, SparseLinear):
+        module.packed_weight()
+        return
+    for leaf in module.packed_names:
+        module.packed_weights(leaf)
+
+
+def _replace_experts(model: PreTrainedModel, path: str, weights: dict[str, PackedTensor]) -> None:
+    """Put experts over packed weights, still on the meta device, in the place of the fused ones."""
+    fused = _submodule(model, path)
+    layout = None if fused is None else fused_layout(fused)
+    for leaf, weight in weights.items():
+        if layout is None or leaf not in layout.names or fused is None:
+            raise ValueError(
+                f"{weight.name}: the checkpoint has it packed, and {type(model).__name__} has no "
+                f"fused experts {path}.{leaf}; export it with --format dense to load it"
+            )
+        count, rows, width = weight.experts or 0, *weight.shape_OI
+        expected = tuple(fused._parameters[leaf].shape)
+        if (count, *((width, rows) if layout.transposed else (rows, width))) != expected:
+            raise ValueError(
+                f"{weight.name}{BITMASK}: describes {count} weights of shape {[rows, width]}, "
+                f"{type(model).__name__} has {list(expected)}"
+            )
+    assert layout is not None and fused is not None
+    parts = {leaf: _on_meta(weight, fused.down_proj.dtype) for leaf, weight in weights.items()}
+    widths = {leaf: weight.in_features for leaf, weight in weights.items()}
+    module = SparseExperts(fused, layout, parts, widths, name=path)
+    module.stored_names = {leaf: weight.name for leaf, weight in weights.items()}
+    model.set_submodule(path, module.train(fused.training))
+
+
+def _submodule(model: PreTrainedModel, path: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _on_meta(weight: PackedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of the stored sizes; the values in the dtype that the model is loaded in."""
+    dtypes = {BITMASK: torch.uint8, PACKED: dtype, OFFSETS: offsets_dtype(*weight.shape_OI)}
+    return {
+        suffix: torch.empty(part.shape, dtype=dtypes[suffix], device="meta")
+        for suffix, part in weight.parts.items()
+    }
 
 
 def _replace(model: PreTrainedModel, name: str, weight: PackedTensor) -> None:
     """Put a packed module of the stored sizes, still on the meta device, in a linear's place."""
     from transformers.pytorch_utils import Conv1D
 
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        linear = None
+    linear = _submodule(model, name)
     if not isinstance(linear, nn.Linear | Conv1D):
         raise ValueError(
             f"{weight.name}: the checkpoint has it packed, and {type(model).__name__} has no "
@@ -242,16 +331,12 @@ def _replace(model: PreTrainedModel, name: str, weight: PackedTensor) -> None:
             f"{weight.name}{BITMASK}: describes a weight of shape {list(weight.shape_OI)}, "
             f"{type(model).__name__} has {list(expected)}"
         )
-    rows, width = weight.shape_OI
-    shapes = {suffix: part.shape for suffix, part in weight.parts.items()}
-    offsets = None
-    if OFFSETS in shapes:
-        offsets = torch.empty(shapes[OFFSETS], dtype=offsets_dtype(rows, width), device="meta")
+    parts = _on_meta(weight, linear.weight.dtype)
     module = SparseLinear(
-        torch.empty(shapes[BITMASK], dtype=torch.uint8, device="meta"),
-        torch.empty(shapes[PACKED], dtype=linear.weight.dtype, device="meta"),
-        offsets,
-        width,
+        parts[BITMASK],
+        parts[PACKED],
+        parts.get(OFFSETS),
+        weight.in_features,
         linear.bias,
         transposed=transposed,
         name=f"{name}.weight",

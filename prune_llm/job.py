@@ -13,6 +13,7 @@ from prune_llm.blocks import Walk
 from prune_llm.calibration import Calibration
 from prune_llm.checkpoint import DTYPES, Checkpoint, Hashing, StoredTensor, open_checkpoint
 from prune_llm.config import PruneConfig
+from prune_llm.expert_tokens import expert_warnings
 from prune_llm.plan import Plan
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
@@ -99,6 +100,7 @@ class Job:
             config, checkpoint, architecture, calibration, device, dtype, on_progress, hashing
         )
         job.warnings += calibration_warnings(config, calibration)
+        job.warnings += arch.unused_warnings(architecture, checkpoint.tensors)
         return job
 
     def walk(self, survey: bool = False) -> Walk:
@@ -157,7 +159,7 @@ class Job:
                 "nothing was pruned: every linear of every block is ignored "
                 f"({', '.join(self.config.ignore)}) or tied"
             )
-        pruned = {result.tensor for result in self.linears}
+        smaller = sum(result.bytes_before - result.bytes_after for result in self.linears)
         return PruneReport(
             model=str(self.checkpoint.directory),
             output=output,
@@ -169,11 +171,11 @@ class Job:
             reconstruction=self.reconstruction,
             allocation=self.plan.record,
             bytes_before=self.checkpoint.nbytes,
-            bytes_after=sum(result.bytes_after for result in self.linears)
-            + sum(t.nbytes for n, t in self.checkpoint.tensors.items() if n not in pruned),
+            bytes_after=self.checkpoint.nbytes - smaller,
             seconds=seconds,
             peak_memory=peak_memory(self.device),
             warnings=self.warnings
+            + expert_warnings(self.linears)
             + _pairing_warnings(self.partly_paired)
             + training_warnings(self.reconstruction),
         )

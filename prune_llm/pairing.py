@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_llm.architecture import Linear
-from prune_llm.experts import Experts
+from prune_llm.experts import RoutedExperts
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Routing:
         handles = [
             module.register_forward_pre_hook(self._note(path))
             for path, module in self.block.named_modules()
-            if isinstance(module, Experts)
+            if isinstance(module, RoutedExperts)
         ]
         try:
             yield self
@@ -72,7 +72,8 @@ class Routing:
 
     def _note(self, path: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.chosen[path] = args[1]
+            if len(args) > 1:  # Llama 4's experts are told nothing
+                self.chosen[path] = args[1]
 
         return hook
 

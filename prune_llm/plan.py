@@ -115,7 +115,7 @@ def _overridden(
 
 def _survey(job: Job, linears: list[arch.Linear], sparsity: float) -> Survey:
     stored = {
-        linear.name: job.checkpoint.tensors[job.architecture.disk_names[linear.weight_name]]
+        linear.name: job.checkpoint.tensor(job.architecture.disk_names[linear.weight_name])
         for linear in linears
     }
 

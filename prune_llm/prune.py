@@ -22,6 +22,7 @@ from prune_llm.journal import Settings
 from prune_llm.memory import return_freed_memory
 from prune_llm.prune_block import prune_block
 from prune_llm.report import PruneReport
+from prune_llm.slices import with_parts
 from prune_llm.sparse_checkpoint import SparseWriter
 from prune_llm.staging import Staging
 from prune_llm.statistics import disable_tf32
@@ -200,10 +201,12 @@ def _write(job: Job, directory: Path) -> None:
     """Collect pruned and untouched tensors into shards, and copy what travels with them."""
     if job.writer is not None:
         job.writer.finish(job.checkpoint, directory)
+        sizes = job.writer.sizes
+        job.linears = [replace(r, bytes_after=sizes[r.tensor]) for r in job.linears]
         return
     write_shards(
         directory,
-        [job.parts.get(name, tensor) for name, tensor in job.checkpoint.tensors.items()],
+        [with_parts(tensor, job.parts) for tensor in job.checkpoint.tensors.values()],
     )
     for file in companions(job.checkpoint.directory):
         shutil.copyfile(file, directory / file.name)

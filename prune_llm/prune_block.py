@@ -15,8 +15,9 @@ from prune_llm import architecture as arch
 from prune_llm.block import Block
 from prune_llm.checkpoint import DTYPES, save_part
 from prune_llm.dense_target import aimed_at_dense
+from prune_llm.expert_tokens import method_for, sees_few
 from prune_llm.masks import Pattern, Scope, check_keep_mask
-from prune_llm.methods import METHODS, Method, Problem, Solution
+from prune_llm.methods import METHODS, Problem, Solution
 from prune_llm.reconstruct_block import reconstruct_block
 from prune_llm.refinement import refined
 from prune_llm.report import LinearResult
@@ -50,17 +51,19 @@ def solve_site(
 
     The block is left as it is; what is to be told goes into the job's results and warnings.
     """
-    name = f"{block.name}.{site.name}"
-    method = _method(job, name, statistics)
-    _warn_rank(job, name, statistics, needs(job.config))
+    name, few = f"{block.name}.{site.name}", sees_few(site, statistics)
+    chosen = method_for(job.config.method, site, statistics)
+    method = METHODS[chosen]
+    if not few:
+        _warn_rank(job, name, statistics, needs(job.config))
     started = time.perf_counter()
     weights = tuple(block.weight_OI(linear) for linear in site.linears)
     patterns = tuple(job.plan.patterns[linear.name] for linear in site.linears)
     _check_finite(site.linears, weights)
-    aimed = _aimed(job, name, weights, statistics)
+    aimed = weights if few else _aimed(job, name, weights, statistics)
     problem = _problem(job, block, site, aimed, patterns, statistics)
     solutions = method.solve(problem)
-    if job.config.refine != "none" and statistics is not None and statistics.tokens > 0:
+    if job.config.refine != "none" and statistics is not None and not few:
         solutions = refined(problem, solutions, job.config.refine)
     share = (time.perf_counter() - started) / sum(weight.numel() for weight in weights)
     solved = zip(site.linears, weights, patterns, solutions, strict=True)
@@ -79,20 +82,12 @@ def solve_site(
                 stored,
                 error=error,
                 seconds=share * weight_OI.numel(),
+                method=chosen,
+                tokens=None if statistics is None else statistics.tokens,
             )
         )
         job.warnings += [f"{linear.name}: {note}" for note in solution.notes]
         yield linear, disk_name, stored
-
-
-def _method(job: Job, name: str, statistics: InputStatistics | None) -> Method:
-    """What the run asks for; magnitude, with a warning, for an expert that was never reached."""
-    if statistics is None or statistics.tokens > 0:
-        return METHODS[job.config.method]
-    job.warnings.append(
-        f"{name}: no calibration token reached it; pruned by magnitude, give more samples"
-    )
-    return METHODS["magnitude"]
 
 
 def _problem(
@@ -165,7 +160,7 @@ def _check_counts(
 
 def _stored(job: Job, linear: arch.Linear, disk_name: str, solution: Solution) -> Tensor:
     """The pruned weight as it goes to disk: original dtype and orientation, no -0.0."""
-    dtype = DTYPES[job.checkpoint.tensors[disk_name].dtype]
+    dtype = DTYPES[job.checkpoint.tensor(disk_name).dtype]
     stored = linear.from_OI(solution.weight_OI).to(dtype).contiguous()
     stored = stored + 0.0  # -0.0 + 0.0 is +0.0
     if not all_finite(stored):

@@ -38,6 +38,8 @@ class LinearResult:
             ||(W - W') X||^2 / ||W X||^2, measured on ``error_tokens``; against the dense model's
             output with a dense target (`InputStatistics.relative_error`); None without data.
         seconds: share of its site's solving time, by size.
+        method: what pruned it: the run's, or another for an expert that saw few tokens (see
+            `expert_tokens`); tokens: of calibration that its input saw, None without data.
     """
 
     name: str
@@ -57,6 +59,8 @@ class LinearResult:
     seconds: float
     bytes_before: int
     bytes_after: int
+    method: str = ""
+    tokens: int | None = None
 
     @classmethod
     def of(
@@ -70,6 +74,8 @@ class LinearResult:
         *,
         error: LayerError | None,
         seconds: float,
+        method: str,
+        tokens: int | None,
     ) -> LinearResult:
         weights, kept = stored.numel(), int(torch.count_nonzero(solution.keep_OI))
         return cls(
@@ -90,6 +96,8 @@ class LinearResult:
             seconds=seconds,
             bytes_before=stored.nbytes,
             bytes_after=stored.nbytes,
+            method=method,
+            tokens=tokens,
         )
 
     @classmethod

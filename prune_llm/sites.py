@@ -81,6 +81,19 @@ def _with_silent(
     return replace(first, silent=linears) if known[kinds] else first
 
 
+def within_budget(sites: list[Site], sizes: list[int], budget: int) -> list[tuple[Site, ...]]:
+    """Consecutive sites whose sizes add up to the budget at most; a larger one is alone."""
+    groups: list[list[Site]] = [[]]
+    filled = 0
+    for site, size in zip(sites, sizes, strict=True):
+        if groups[-1] and filled + size > budget:
+            groups.append([])
+            filled = 0
+        groups[-1].append(site)
+        filled += size
+    return [tuple(group) for group in groups]
+
+
 def _complete(grouped: list[tuple[str, ...]], kinds: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Experts that no token reached when the block ran share inputs as those that were reached."""
     seen = {kind for names in grouped for kind in names}

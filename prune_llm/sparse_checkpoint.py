@@ -8,9 +8,11 @@ import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prune_llm.checkpoint import (
@@ -28,13 +30,13 @@ from prune_llm.checkpoint import (
     save_part,
     write_shards,
 )
+from prune_llm.experts import slice_name, split_name, whole_name
 from prune_llm.format import (
     BITMASK,
+    OFFSETS,
     PACKED,
-    QUANT_METHOD,
     SUFFIXES,
     Header,
-    SparseFormat,
     check_headers,
     pack,
     saves_space,
@@ -42,6 +44,8 @@ from prune_llm.format import (
     validate,
 )
 from prune_llm.masks import Pattern
+from prune_llm.slices import joined_packed, slice_names, with_parts
+from prune_llm.sparse_format import QUANT_METHOD, SparseFormat
 
 # transformers' names for the variant "sparse"; one that does not know our form finds no file
 VARIANT = "sparse"
@@ -51,15 +55,27 @@ SPARSE_INDEX_FILE = "model.safetensors.index.sparse.json"
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A packed weight on disk: ``parts`` by suffix, ``in_features`` its I."""
+    """A packed weight on disk: ``parts`` by suffix, ``in_features`` its I; or fused experts."""
 
     name: str
     parts: dict[str, StoredTensor]
     in_features: int
 
     @property
+    def experts(self) -> int | None:
+        """How many weights it holds where it is the fused experts of a block."""
+        shape = self.parts[BITMASK].shape
+        return shape[0] if len(shape) == 3 else None
+
+    @property
     def shape_OI(self) -> tuple[int, int]:
-        return self.parts[BITMASK].shape[0], self.in_features
+        """Of the weight, or of each expert."""
+        return self.parts[BITMASK].shape[-2], self.in_features
+
+    @property
+    def elements(self) -> int:
+        """Of the dense form."""
+        return (self.experts or 1) * math.prod(self.shape_OI)
 
     @property
     def kept(self) -> int:
@@ -68,18 +84,46 @@ class PackedTensor:
 
     @property
     def dense_nbytes(self) -> int:
-        rows, width = self.shape_OI
-        return rows * width * DTYPES[self.parts[PACKED].dtype].itemsize
+        return self.elements * DTYPES[self.parts[PACKED].dtype].itemsize
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts.values())
 
     def read(self, pattern: Pattern) -> dict[str, Tensor]:
-        """The parts by suffix, checked completely. Raises ValueError naming the tensor."""
+        """The parts by suffix, checked completely. Raises ValueError naming the tensor.
+
+        Of fused experts one at a time is read: see `expert`.
+        """
+        assert self.experts is None
         parts = {suffix: part.read() for suffix, part in self.parts.items()}
         validate(self.name, parts, self.in_features, pattern)
         return parts
+
+    def expert(self, index: int) -> PackedTensor:
+        """One of the fused experts. Raises ValueError where the offsets lead outside."""
+        values = self.parts[PACKED]
+        parts = {BITMASK: self.parts[BITMASK].slice(index)}
+        if OFFSETS in self.parts:
+            parts[OFFSETS] = self.parts[OFFSETS].slice(index)
+            parts[PACKED] = _stretch(values, *self._values(index))
+        else:
+            parts[PACKED] = values.slice(index)
+        return PackedTensor(slice_name(self.name, index), parts, self.in_features)
+
+    def _values(self, index: int) -> tuple[int, int]:
+        """Where an expert's values lie: behind those of the experts before it."""
+        ends = self._ends
+        if ends != sorted(ends) or ends[-1] != self.kept:
+            raise ValueError(
+                f"{self.name}{OFFSETS}: lead to value {ends[-1]} of {self.kept}; get it again"
+            )
+        return ends[index - 1] if index else 0, ends[index]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        counts_E = self.parts[OFFSETS].read()[:, -1].to(torch.int64)
+        return [int(end) for end in counts_E.cumsum(0)]
 
 
 @dataclass(frozen=True)
@@ -110,19 +154,51 @@ class SparseCheckpoint:
     def elements(self) -> int:
         """Of all weights in their dense form."""
         plain = sum(math.prod(tensor.shape) for tensor in self.plain.values())
-        return plain + sum(math.prod(weight.shape_OI) for weight in self.packed.values())
+        return plain + sum(weight.elements for weight in self.packed.values())
 
     @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.form.pattern)
 
+    def pieces(self, name: str) -> list[str]:
+        """What to read a tensor by: itself, or the slices of packed fused experts."""
+        experts = self.packed[name].experts if name in self.packed else None
+        return [name] if experts is None else [slice_name(name, i) for i in range(experts)]
+
+    def weight(self, name: str) -> PackedTensor:
+        """A packed weight, or one expert of a fused one."""
+        whole, index = split_name(name)
+        return self.packed[whole] if index is None else self.packed[whole].expert(index)
+
+    def plain_tensor(self, name: str) -> StoredTensor | None:
+        """A tensor, or a slice of one, that is stored as it was."""
+        whole, index = split_name(name)
+        tensor = self.plain.get(whole)
+        return tensor if tensor is None or index is None else tensor.slice(index)
+
     def read(self, name: str) -> Tensor:
-        """One tensor as a dense checkpoint stores it; a packed one is checked first."""
-        if name in self.plain:
-            return self.plain[name].read()
-        weight = self.packed[name]
+        """A tensor, or a slice, as a dense checkpoint has it; what is packed is checked first."""
+        plain, whole = self.plain_tensor(name), whole_name(name)
+        if plain is not None:
+            return plain.read()
+        pieces = self.pieces(name)
+        if pieces != [name]:
+            return torch.stack([self.read(piece) for piece in pieces])
+        weight = self.weight(name)
         dense_OI = unpack(weight.read(self.pattern), weight.in_features)
-        return dense_OI.T.contiguous() if name in self.form.transposed else dense_OI
+        return dense_OI.T.contiguous() if whole in self.form.transposed else dense_OI
+
+    def check(self, name: str) -> None:
+        """Read a packed weight and check it. Raises ValueError naming the tensor."""
+        for piece in self.pieces(name):
+            self.weight(piece).read(self.pattern)
+
+
+def _stretch(values: StoredTensor, start: int, stop: int) -> StoredTensor:
+    """The values from start to stop of a flat tensor."""
+    size = DTYPES[values.dtype].itemsize
+    place, nbytes = values.start + start * size, (stop - start) * size
+    return replace(values, shape=(stop - start,), start=place, nbytes=nbytes)
 
 
 def is_sparse(config: dict[str, Any]) -> bool:
@@ -181,20 +257,20 @@ def split_packed(
 ) -> tuple[dict[str, PackedTensor], dict[str, StoredTensor]]:
     """Gather the parts of each packed weight; the rest is plain. Checks headers only."""
     pattern = Pattern.parse(form.pattern)
-    plain: dict[str, StoredTensor] = {}
     gathered: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        suffix = next((s for s in SUFFIXES if name.endswith("weight" + s)), None)
-        if suffix is None:
-            plain[name] = tensor
-        else:
+        suffix = next((s for s in SUFFIXES if name.endswith(s)), None)
+        if suffix is not None:
             gathered.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
+    # fused experts have no "weight" at the end of their name, and are known by two parts
+    gathered = {n: p for n, p in gathered.items() if n.endswith("weight") or len(p) > 1}
+    taken = {name + suffix for name, parts in gathered.items() for suffix in parts}
     packed = {}
     for name, parts in gathered.items():
         headers = {s: Header(DTYPES[part.dtype], part.shape) for s, part in parts.items()}
         width = check_headers(name, headers, form.in_features.get(name), pattern)
         packed[name] = PackedTensor(name, parts, width)
-    return packed, plain
+    return packed, {name: tensor for name, tensor in tensors.items() if name not in taken}
 
 
 @dataclass(frozen=True)
@@ -228,6 +304,7 @@ class SparseWriter:
         self.parts: dict[str, StoredTensor] = {}
         self.packed: dict[str, list[str]] = {}
         self.last: Part | None = None  # what was added last
+        self.sizes: dict[str, int] = {}
         self._files, self._kept, self._weights = 0, 0, 0
 
     def add(self, weights: dict[str, Tensor], transposed: Collection[str] = ()) -> dict[str, int]:
@@ -240,7 +317,6 @@ class SparseWriter:
         """
         tensors: dict[str, Tensor] = {}
         packed: dict[str, dict[str, Any]] = {}
-        sizes = {name: stored.nbytes for name, stored in weights.items()}
         for name, stored in weights.items():
             weight_OI = stored.T.contiguous() if name in transposed else stored
             parts = pack(weight_OI, self.pattern or Pattern(0.0), name)
@@ -254,10 +330,12 @@ class SparseWriter:
                 "in_features": weight_OI.shape[1],
                 "transposed": name in transposed,
             }
-            sizes[name] = sum(part.nbytes for part in parts.values())
+        self._save(tensors, packed)
+        return {name: self.sizes[name] for name in weights}
+
+    def _save(self, tensors: dict[str, Tensor], packed: dict[str, dict[str, Any]]) -> None:
         file = self.directory / f"weight-{self._files + 1:06d}.part"
         self._take(Part(file, packed), save_part(file, tensors))
-        return sizes
 
     def restore(self, part: Part) -> None:
         """As if the weights of a part had been added again."""
@@ -265,20 +343,24 @@ class SparseWriter:
 
     def _take(self, part: Part, tensors: dict[str, StoredTensor]) -> None:
         for name, how in part.packed.items():
-            self._note(name, how["in_features"], how["transposed"])
+            self._note(whole_name(name), how["in_features"], how["transposed"])
             self._kept += math.prod(tensors[name + PACKED].shape)
             self._weights += tensors[name + BITMASK].shape[0] * how["in_features"]
             self.packed[name] = how["parts"]
+            self.sizes[name] = sum(tensors[piece].nbytes for piece in how["parts"])
+        pieces = {piece for how in part.packed.values() for piece in how["parts"]}
+        self.sizes |= {name: t.nbytes for name, t in tensors.items() if name not in pieces}
         self.parts |= tensors
         self._files += 1
         self.last = part
 
     def _note(self, name: str, width: int, transposed: bool) -> None:
         in_features = {name: width} if width % 8 else {}
+        names = (name,) if transposed and name not in self.form.transposed else ()
         self.form = replace(
             self.form,
             in_features=self.form.in_features | in_features,
-            transposed=self.form.transposed + ((name,) if transposed else ()),
+            transposed=self.form.transposed + names,
         )
 
     def finish(self, source: Checkpoint, directory: Path | None = None) -> None:
@@ -288,8 +370,9 @@ class SparseWriter:
             directory: None: that of the parts, which are removed.
         """
         directory = directory or self.directory
-        tensors = []
+        tensors: list[StoredTensor] = []
         for name, tensor in source.tensors.items():
+            self._join(tensor)
             names = self.packed.get(name, [name])
             tensors += [self.parts.get(part, tensor) for part in names]
         write_shards(directory, tensors)
@@ -302,6 +385,33 @@ class SparseWriter:
             form = replace(form, pattern=f"{sparsity:.4g}")
         config = source.config | {"quantization_config": form.to_json()}
         finish_directory(source.directory, directory, config)
+
+    def _join(self, tensor: StoredTensor) -> None:
+        """Put the experts of a fused tensor together: packed where each of them is, else dense."""
+        names = slice_names(tensor)
+        packed = [name for name in names if name in self.packed]
+        if names and packed == names:
+            for suffix in (s for s in SUFFIXES if names[0] + s in self.parts):
+                pieces = [self.parts[name + suffix] for name in names]
+                self.parts[tensor.name + suffix] = joined_packed(tensor.name, suffix, pieces)
+            kept = [tensor.name + s for s in SUFFIXES if tensor.name + s in self.parts]
+            self.packed[tensor.name] = kept
+            return
+        for name in packed:
+            self._unpack(name)
+        self.parts[tensor.name] = with_parts(tensor, self.parts)
+
+    def _unpack(self, name: str) -> None:
+        """Store an expert dense after all, as others beside it in one tensor are."""
+        parts = {s: self.parts[name + s].read() for s in SUFFIXES if name + s in self.parts}
+        whole = whole_name(name)
+        width = self.form.in_features.get(whole, 8 * parts[BITMASK].shape[1])
+        weight_OI = unpack(parts, width)
+        stored = weight_OI.T.contiguous() if whole in self.form.transposed else weight_OI
+        self._kept -= parts[PACKED].numel()
+        self._weights -= weight_OI.numel()
+        del self.packed[name]
+        self._save({name: stored}, {})
 
 
 def _rename_to_variant(directory: Path) -> None:

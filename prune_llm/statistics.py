@@ -158,6 +158,13 @@ class InputStatistics:
         return LayerError(lost / whole if whole > 0 else 0.0, x_TI.shape[0])
 
 
+def statistics_nbytes(width: int, needs: Needs, dense_target: bool = False) -> int:
+    """What `InputStatistics` of a site takes at least: its matrices and sums."""
+    matrices = (Needs.GRAM in needs) + dense_target
+    vectors = 1 + (Needs.MEANS in needs)
+    return matrices * 4 * width * width + vectors * 8 * width
+
+
 @dataclass(frozen=True, slots=True)
 class LayerError:
     """Relative squared error of a linear's output, and the number of tokens it stands on."""

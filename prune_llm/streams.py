@@ -6,6 +6,7 @@ Shape letters: S = samples, T = tokens of one sample, D = hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,21 @@ from prune_llm.stream_files import Store, StreamFile
 
 class Captured(Exception):
     """Raised inside a forward pass when what was wanted has been seen."""
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """What a model's own code raises, as one line that names the module."""
+    try:
+        yield
+    except (Captured, ValueError, AssertionError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name}: fails when it runs ({type(error).__name__}: {reason}); config.json and the "
+            "weights may not be of one model, or transformers of another version"
+        ) from error
 
 
 @dataclass(frozen=True)

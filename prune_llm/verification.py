@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from prune_llm.checkpoint import DTYPES, Checkpoint, StoredTensor
+from prune_llm.experts import whole_name
 from prune_llm.masks import Pattern, pruned_per_row
 from prune_llm.report import LinearResult, count_nonzero
-from prune_llm.sparse_checkpoint import open_stored
+from prune_llm.slices import slice_names
+from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm.statistics import all_finite
 
 
@@ -33,22 +35,33 @@ def verify(directory: Path, source: Checkpoint, results: list[LinearResult]) -> 
         different = sorted(names ^ source.tensors.keys())
         raise VerificationError(f"tensor names differ from the source, first {different[0]!r}")
     pruned = {result.tensor: result for result in results}
+    fused = {whole_name(name) for name in pruned} - pruned.keys()
     for name, original in source.tensors.items():
-        if name in pruned:
-            stored = written.read(name)
-            if (stored.dtype, tuple(stored.shape)) != (DTYPES[original.dtype], original.shape):
-                raise VerificationError(f"{name}: dtype or shape changed")
-            _check_pruned(stored, pruned[name])
-            continue
-        tensor = written.plain.get(name)
-        if tensor is None or (tensor.dtype, tensor.shape) != (original.dtype, original.shape):
-            raise VerificationError(f"{name}: dtype or shape changed")
-        if not _same_bytes(tensor, original):
-            raise VerificationError(f"{name}: was to be left alone and its bytes changed")
+        for piece in slice_names(original) if name in fused else [name]:
+            if piece in pruned:
+                _check_linear(written, source.tensor(piece), pruned[piece])
+            else:
+                _check_untouched(written, source.tensor(piece))
     return {
         "linears_checked": len(pruned),
-        "tensors_identical": len(names) - len(pruned),
+        "tensors_identical": len(names - pruned.keys() - fused),
     }
+
+
+def _check_linear(written: SparseCheckpoint, original: StoredTensor, result: LinearResult) -> None:
+    stored = written.read(original.name)
+    if (stored.dtype, tuple(stored.shape)) != (DTYPES[original.dtype], original.shape):
+        raise VerificationError(f"{original.name}: dtype or shape changed")
+    _check_pruned(stored, result)
+
+
+def _check_untouched(written: SparseCheckpoint, original: StoredTensor) -> None:
+    name = original.name
+    tensor = written.plain_tensor(name)
+    if tensor is None or (tensor.dtype, tensor.shape) != (original.dtype, original.shape):
+        raise VerificationError(f"{name}: dtype or shape changed")
+    if not _same_bytes(tensor, original):
+        raise VerificationError(f"{name}: was to be left alone and its bytes changed")
 
 
 def _check_pruned(stored: Tensor, result: LinearResult) -> None:

@@ -25,8 +25,9 @@ from prune_llm.calibration import (
 )
 from prune_llm.config import select_device
 from prune_llm.demo import stories
+from prune_llm.experts import DOWN, GATE_UP, UP, is_fused
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
-from prune_llm.sparse_linear import SparseLinear
+from prune_llm.sparse_experts import SparseExperts, packed_weights
 from prune_llm.vocabulary import Vocabulary
 from prune_llm_eval.forgetting import Forgotten, forgotten
 from prune_llm_eval.perplexity import Quality, TokenScores, quality, score_tokens
@@ -222,9 +223,11 @@ def _load(checkpoint: SparseCheckpoint, dtype: str, device: torch.device) -> Pre
 def zeros_share(model: PreTrainedModel) -> float:
     """Share of exact zeros in the linears of the decoder blocks, as the model holds them."""
     weights = [linear.weight for linear in block_linears(model)]
-    packed = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    experts = [m for m in model.modules() if isinstance(m, SparseExperts) or is_fused(m)]
+    weights += [p for m in experts for n, p in m.named_parameters() if n in (GATE_UP, UP, DOWN)]
+    packed = packed_weights(model).values()
     total = sum(weight.numel() for weight in weights)
-    total += sum(module.in_features * module.out_features for module in packed)
-    stored = [*weights, *(module.packed_weight().packed for module in packed)]
+    total += sum(weight.in_features * weight.out_features for weight in packed)
+    stored = [*weights, *(weight.packed for weight in packed)]
     nonzero = sum(int(torch.count_nonzero(weight)) for weight in stored)
     return 1 - nonzero / total if total else 0.0

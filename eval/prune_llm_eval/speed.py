@@ -27,7 +27,7 @@ from prune_llm.generation import decode, load_tokenizer
 from prune_llm.parts import LinearPart, ModelParts, read_parts
 from prune_llm.report import cpu_name
 from prune_llm.sampling import SamplingParams
-from prune_llm.sparse_linear import SparseLinear
+from prune_llm.sparse_experts import packed_weights
 from prune_llm_kernels import PackedWeight, cpu, dense_linear, sparse_linear, unpack
 
 if TYPE_CHECKING:
@@ -208,11 +208,7 @@ def measure(
 
 
 def _packed(model: PreTrainedModel, name: str) -> dict[str, PackedWeight]:
-    found = {
-        path: module.packed_weight()
-        for path, module in model.named_modules()
-        if isinstance(module, SparseLinear)
-    }
+    found = packed_weights(model)
     if not found:
         raise ValueError(
             f"{name}: holds no packed weights; prune it, or write it with "

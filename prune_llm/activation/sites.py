@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from prune_llm.activation.levels import ActivationSite, LevelTable
 from prune_llm.architecture import Linear, _decoder_blocks, _linears, matches
 from prune_llm.channel_linear import ChannelLinear
+from prune_llm.experts import is_fused
 from prune_llm.sites import _complete, _observe
+from prune_llm.sparse_experts import SparseExperts
 from prune_llm.sparse_linear import SparseLinear
 
 if TYPE_CHECKING:
@@ -62,12 +64,13 @@ def find_sites(
         granularity: "site": the linears that share an input are one; "linear": each is one.
 
     Raises:
-        ValueError: an unknown granularity; a linear that reads nothing, or more than one input; or
-            there is no linear.
+        ValueError: an unknown granularity; a linear that reads nothing, or more than one input;
+            there is no linear; or there are experts in one tensor, which are not ignored.
     """
     if granularity not in GRANULARITIES:
         known = ", ".join(GRANULARITIES)
         raise ValueError(f"granularity {granularity!r}: unknown; choose one of {known}")
+    _refuse_fused_experts(model, ignore)
     by_block = _linears_by_block(model)
     kept = [
         (index, linear)
@@ -89,6 +92,19 @@ def find_sites(
     if granularity == "linear":
         grouped = [(name,) for group in grouped for name in group]
     return [_site([by_name[name] for name in group]) for group in grouped]
+
+
+def _refuse_fused_experts(model: PreTrainedModel, ignore: tuple[str, ...]) -> None:
+    blocks_name, blocks = _decoder_blocks(model)
+    for path, module in blocks.named_modules():
+        if not isinstance(module, SparseExperts) and not is_fused(module):
+            continue
+        experts = Linear(f"{blocks_name}.{path}", path.partition(".")[2], module, False)
+        if not any(matches(experts, pattern) for pattern in ignore):
+            raise ValueError(
+                f"{experts.name}: experts in one tensor have no thresholds of their own; leave "
+                f"their inputs dense with --ignore {experts.kind}"
+            )
 
 
 def table_sites(model: PreTrainedModel, table: LevelTable) -> list[ModelSite]:

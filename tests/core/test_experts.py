@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 import prune_llm
-from prune_llm import PruneConfig, prune
+from prune_llm import PruneConfig, block, prune
+from prune_llm.activation.sparsify import SparsifyConfig, sparsify
+from prune_llm.architecture import build
+from prune_llm.block import Block
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import Experts, unfuse, with_index, without_index
+from prune_llm.sites import within_budget
+from prune_llm.sparse_checkpoint import SPARSE_WEIGHTS_FILE, open_sparse
+from prune_llm.sparse_experts import SparseExperts
 from prune_llm.sparse_linear import SparseLinear
+from prune_llm.windows import draw_calibration
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264,
@@ -128,12 +140,204 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(
 ) -> None:
     config = PruneConfig(method="wanda", calibration=str(corpus), samples=1, seq_len=2)
     report = prune(dense, config, tmp_path / "sparse")
-    unseen = [w for w in report.warnings if "no calibration token reached it" in w]
-    assert unseen and "pruned by magnitude" in unseen[0]
-    errors = {result.name: result.error for result in report.linears}
-    missed = unseen[0].split(":")[0].split(",")[0]
-    assert errors[missed] is None
+    unseen = [r for r in report.linears if r.tokens == 0]
+    assert unseen and all(r.error is None and r.method == "magnitude" for r in unseen)
+    (warning,) = [w for w in report.warnings if "no calibration token reached" in w]
+    assert f"reached {len(unseen)} of" in warning and f"{unseen[0].name}: 0" in warning
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("asked", ["sparsegpt", "dsnot"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_expert_with_fewer_tokens_than_inputs_is_pruned_by_wanda(
+    asked: str, fused: bool, corpus: Path, tmp_path: Path
+) -> None:
+    """Instead of a method on the Gram matrix; the report has the counts of transformers' router."""
+    name = "gpt_oss" if fused else "qwen3_moe"
+    source = FAMILIES[name].save(tmp_path / "model")
+    config = PruneConfig(
+        method=asked, calibration=str(corpus), samples=2, seq_len=30, refine="backsolve"
+    )
+    report = prune(source, config, tmp_path / "out")
+    experts = [r for r in report.linears if ".experts." in r.name]
+    counts = routed_tokens(source, report, config)
+    few = set()
+    for result in experts:
+        inputs = result.shape[0] if result.transposed else result.shape[1]
+        assert result.tokens is not None
+        if result.block == 0:
+            index = int(re.findall(r"experts\.(\d+)\.", result.name)[0])
+            assert result.tokens == counts[index], result.name
+        how = "wanda" if result.tokens < inputs and asked == "sparsegpt" else asked
+        assert result.method == ("magnitude" if result.tokens == 0 else how)
+        few |= {result.name} if 0 < result.tokens < inputs else set()
+    assert 0 < len(few) < len(experts)
+    (warning,) = [w for w in report.warnings if "fewer tokens than they have inputs" in w]
+    assert warning.startswith(f"{len(few)} of {len(experts)} linears of experts")
+    assert all(r.method == asked and r.tokens == 60 for r in report.linears if r not in experts)
+
+
+def routed_tokens(source: Path, report: Any, config: PruneConfig) -> list[int]:
+    """Tokens of the calibration text that the first block's router sends to each expert."""
+    model = load_dense(source)
+    seen: list[torch.Tensor] = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _m, args: seen.append(args[1]))
+    checkpoint = open_checkpoint(source)
+    drawn = draw_calibration(config, checkpoint, build(source, checkpoint.tensors))
+    assert drawn is not None
+    with torch.no_grad():
+        model(drawn.samples_ST)
+    return torch.cat(seen).flatten().bincount(minlength=experts.num_experts).tolist()
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_levels_of_experts_in_one_tensor_are_refused(
+    form: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Their inputs would stay dense without a word; with --ignore they do."""
+    source = FAMILIES["gpt_oss"].save(tmp_path / "model")
+    prune(source, PruneConfig(method="magnitude", format=form), tmp_path / "pruned")
+    config = SparsifyConfig(calibration=str(corpus), samples=4, seq_len=24)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: .* --ignore mlp\.experts"):
+        sparsify(tmp_path / "pruned", config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    sparsify(tmp_path / "pruned", replace(config, ignore=("mlp.experts",)), tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    sites = stored["quantization_config"]["activation"]["sites"]
+    assert len(sites) == 4 and not any("experts" in site["name"] for site in sites)
+    plain = logits(prune_llm.load(tmp_path / "pruned"))
+    assert torch.equal(logits(prune_llm.load(tmp_path / "out")), plain)
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4", "deepseek_v3"])
+def test_every_quality_prunes_experts(
+    name: str, quality: str, corpus: Path, tmp_path: Path
+) -> None:
+    """Targets, refinement, reconstruction and allocation; counts are exact."""
+    options: dict[str, Any] = {"calibration": str(corpus), "samples": 8, "seq_len": 32}
+    if quality == "best":
+        options["reconstruction_steps"] = 2
+    config = PruneConfig.of_quality(quality, **options)
+    report = prune(FAMILIES[name].save(tmp_path / "model"), config, tmp_path / "out")
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert report.verification["linears_checked"] == len(report.linears)
+    assert sum(".experts." in r.name for r in report.linears) >= 16
+    loaded = prune_llm.load(tmp_path / "out")
+    assert bool(logits(loaded).isfinite().all())
+
+
+def test_a_fused_tensor_with_a_dense_expert_is_stored_dense(tmp_path: Path) -> None:
+    """It is packed whole or not at all; the report has the bytes that it really takes."""
+    source = FAMILIES["gpt_oss"].save(tmp_path / "model")
+    config = PruneConfig(method="magnitude", ignore=("mlp.experts.2.down_proj",))
+    report = prune(source, config, tmp_path / "out")
+    stored = open_sparse(tmp_path / "out")
+    down = "model.layers.0.mlp.experts.down_proj"
+    assert down in stored.plain and down.replace("down", "gate_up") in stored.packed
+    zeros = [float((expert == 0).float().mean()) for expert in stored.read(down)]
+    assert zeros == [0.5, 0.5, 0.0, 0.5]
+    sizes = {r.name: (r.bytes_before, r.bytes_after) for r in report.linears}
+    before, after = sizes["model.layers.0.mlp.experts.1.down_proj"]
+    assert before == after
+    assert report.bytes_after == stored.nbytes
+    loaded = prune_llm.load(tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "dense", "dense")
+    expected = logits(load_dense(tmp_path / "dense"))
+    torch.testing.assert_close(logits(loaded), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("how", ["experts", "ends", "mask", "short", "config"])
+def test_damage_to_fused_experts_is_named(how: str, tmp_path: Path) -> None:
+    source = FAMILIES["gpt_oss"].save(tmp_path / "model")
+    prune(source, PruneConfig(method="magnitude"), tmp_path / "out")
+    file, down = tmp_path / "out" / SPARSE_WEIGHTS_FILE, "model.layers.1.mlp.experts.down_proj"
+    stored = load_file(file)
+    if how == "experts":
+        stored[f"{down}_offsets"] = stored[f"{down}_offsets"][:3].clone()
+    elif how == "ends":
+        stored[f"{down}_offsets"][1, -1] += 8
+    elif how == "mask":
+        stored[f"{down}_bitmask"][3, 5, 2] ^= 1
+    elif how == "short":
+        stored[f"{down}_packed"] = stored[f"{down}_packed"][:-8].clone()
+    else:
+        settings = json.loads((tmp_path / "out" / "config.json").read_text())
+        settings["num_local_experts"] = 3
+        (tmp_path / "out" / "config.json").write_text(json.dumps(settings))
+    save_file(stored, file, metadata={"format": "pt"})
+    message = {
+        "experts": r"down_proj_offsets: has shape \[3, 33\] for 4 experts",
+        "ends": r"down_proj_offsets:? leads? to value",
+        "mask": r"down_proj\[3\]_bitmask row 5 keeps",
+        "short": r"down_proj_offsets:? leads? to value",
+        "config": r"_proj_bitmask: describes 4 weights",
+    }[how]
+    with pytest.raises(ValueError, match=message):
+        prune_llm.load(tmp_path / "out")
+    if how != "config":
+        with pytest.raises(ValueError, match=r"down_proj"):
+            info(tmp_path / "out", verify=True)
+
+
+def test_fused_experts_on_disk_and_in_another_dtype(tmp_path: Path) -> None:
+    """Offloaded, they are read and checked for each call; their values follow the dtype."""
+    source = FAMILIES["gpt_oss"].save(tmp_path / "model")
+    prune(source, PruneConfig(method="magnitude"), tmp_path / "out")
+    loaded = prune_llm.load(tmp_path / "out", dtype=torch.float32)
+    experts = loaded.model.layers[1].mlp.experts
+    assert isinstance(experts, SparseExperts) and experts.down_proj_packed.dtype == torch.float32
+    places: dict[str, Any] = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb", "model.layers.0"), "cpu"
+    )
+    places["model.layers.1"] = "disk"
+    away = prune_llm.load(
+        tmp_path / "out", dtype=torch.float32, device_map=places, offload_folder=str(tmp_path / "o")
+    )
+    assert away.model.layers[1].mlp.experts.down_proj_packed.is_meta
+    assert torch.equal(logits(away), logits(loaded))
+    assert not away.model.layers[1].mlp.experts._checked
+    with pytest.raises(ValueError, match="is offloaded to disk"):
+        away.dequantize()
+
+
+@pytest.mark.parametrize("target", ["pruned", "dense"])
+def test_statistics_in_several_passes_are_those_of_one(
+    target: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where those of all experts together would not fit; the blocks are run more often."""
+    source = FAMILIES["gpt_oss"].save(tmp_path / "model")
+    config = PruneConfig(
+        method="sparsegpt", calibration=str(corpus), samples=8, seq_len=60, target=target
+    )
+    ran: list[str] = []
+    monkeypatch.setattr(Block, "_run", counted(Block._run, ran))
+    held = {}
+    for name, budget in (("one", 1 << 30), ("several", 3 * 2 * 4 * 48 * 48)):
+        monkeypatch.setattr(block, "STATISTICS_BYTES", budget)
+        ran.clear()
+        prune(source, config, tmp_path / name)
+        held[name] = len(ran)
+    assert held["several"] > held["one"]
+    one, several = (open_sparse(tmp_path / name) for name in held)
+    for name in one.names:
+        for piece in one.pieces(name):
+            assert torch.equal(one.read(piece), several.read(piece)), piece
+
+
+def counted(run: Any, ran: list[str]) -> Any:
+    def counting(block: Block, *arguments: Any) -> Any:
+        ran.append(block.name)
+        return run(block, *arguments)
+
+    return counting
+
+
+def test_sites_are_grouped_within_a_budget() -> None:
+    sites: list[Any] = list("abcdef")
+    assert within_budget(sites, [3, 3, 4, 20, 1, 2], 10) == [("a", "b", "c"), ("d",), ("e", "f")]
+    assert within_budget([], [], 10) == [()]
 
 
 def test_names() -> None:

@@ -17,7 +17,6 @@ from prune_llm.format import (
     OFFSETS,
     PACKED,
     Header,
-    SparseFormat,
     check_headers,
     kept_per_row,
     pack,
@@ -26,6 +25,7 @@ from prune_llm.format import (
     validate,
 )
 from prune_llm.masks import Pattern, keep_mask
+from prune_llm.sparse_format import SparseFormat
 
 PATTERNS = ("0.5", "0.9", "2:4", "1:4", "4:8", "3:7", "15:16")
 

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from tiny_models import SIZES, llama_config, save_model
 
 from prune_llm import PruneConfig, prune
+from prune_llm.integration import load
 from prune_llm.job import Job
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS, Problem
@@ -30,7 +32,7 @@ from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.staging import Staging
 from prune_llm.statistics import Needs
 from prune_llm_eval import comparison, variants
-from prune_llm_eval.compare import evaluate_all
+from prune_llm_eval.compare import evaluate_all, zeros_share
 from prune_llm_eval.comparison import ComparisonConfig, compare_methods
 from prune_llm_eval.journal import JOURNAL_FILE, Journal
 from prune_llm_eval.variants import SharedStatistics, Variant
@@ -639,3 +641,12 @@ def test_a_peak_that_cannot_restart_is_said(
     assert [text.split(":")[0] for text in report.warnings] == [
         "peak memory is that since the program began"
     ]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_zeros_of_experts_count(name: str, tmp_path: Path) -> None:
+    """Fused or apart, packed or dense."""
+    source = FAMILIES[name].save(tmp_path / "model")
+    for form in ("dense", "sparse"):
+        prune(source, PruneConfig(method="magnitude", format=form), tmp_path / form)
+        assert zeros_share(load(tmp_path / form)) == pytest.approx(0.5, abs=2e-3)
