@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from prune_llm import architecture as arch
-from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import Texts
 from prune_llm.allocation import ALLOCATIONS
 from prune_llm.blocks import Walk
 from prune_llm.calibration import BUNDLED, Calibration, Sampling
+from prune_llm.card_facts import LEVELS_REPORT_FILE
 from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
@@ -36,6 +36,7 @@ from prune_llm.checkpoint import (
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.methods import METHODS
+from prune_llm.model_card import write_card
 from prune_llm.plan import Plan, check_allocation, make_plan
 from prune_llm.presets import DEFAULT as DEFAULT_QUALITY
 from prune_llm.presets import preset
@@ -248,6 +249,7 @@ def finish(
     if report.levels is not None:
         report.levels.output = report.output
         report.levels.save(directory / LEVELS_REPORT_FILE)
+    write_card(directory, report.model, report.output)
     staging.publish(finished)
 
 

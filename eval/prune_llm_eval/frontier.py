@@ -24,14 +24,15 @@ from torch import Tensor
 from prune_llm.activation.copying import copy_weights
 from prune_llm.activation.levels import DENSE, LevelTable
 from prune_llm.activation.search import TargetNotMet
-from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import LEAST_WINDOWS
+from prune_llm.card_facts import FRONTIER_FILE, LEVELS_REPORT_FILE
 from prune_llm.checkpoint import REPORT_FILE, Staging, locate
 from prune_llm.decoder import new_decoder
 from prune_llm.generation import load_tokenizer
 from prune_llm.memory import return_freed_memory
+from prune_llm.model_card import write_card
 from prune_llm.prune import Progress, PruneConfig, levels_of, prune_into, select_device
 from prune_llm.quality import load_to_measure, mean_nll, ppl_increase
 from prune_llm.report import environment
@@ -39,7 +40,6 @@ from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.windows import Windows, draw_windows
 from prune_llm_eval.speed import OnProgress, check_context, time_plan
 
-FRONTIER_FILE = "frontier.json"
 # tokens decoded before the clock runs
 WARM_UP = 8
 
@@ -201,6 +201,7 @@ def frontier(
         best = run.folder(run.report.best.sparsity)
         run.report.seconds = time.perf_counter() - started
         (best / FRONTIER_FILE).write_text(run.report.to_json())
+        write_card(best, run.model, output)
         staging.publish(best)
     return run.report
 
