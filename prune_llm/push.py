@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prune_llm.card_facts import CARD_FILE
 from prune_llm.convert import info
@@ -102,23 +101,24 @@ def push(
         )
     place, api = Path(directory), HfApi()
     with _told_in_one_line(plan.name):
-        name = api.create_repo(plan.name, private=private, exist_ok=True).repo_id
+        repository = api.create_repo(plan.name, private=private, exist_ok=True)
+        name = repository.repo_id
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         operations = [
             CommitOperationAdd(file, plan.card.encode() if file == CARD_FILE else place / file)
             for file in plan.files
         ]
-        done: Any = api.create_commit(
+        api.create_commit(
             name, operations, commit_message="Upload with prune-llm", revision=revision
         )
-    return Sent(name, plan.files, plan.card, str(done.repo_url))
+    return Sent(name, plan.files, plan.card, str(repository))
 
 
 @contextmanager
 def _told_in_one_line(name: str) -> Iterator[None]:
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    # HTTPError: of the client that this version of the library is built on
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     try:
         yield
@@ -133,5 +133,5 @@ def _told_in_one_line(name: str) -> Iterator[None]:
             404: "there is no such namespace or branch, or the token may not see it",
         }.get(status, "the hub refused")
         raise ValueError(f"name {name!r}: {why} (status {status}: {said})") from None
-    except (httpx.TransportError, ConnectionError) as error:
+    except (HTTPError, ConnectionError) as error:
         raise ValueError(f"the hub cannot be reached ({type(error).__name__}: {error})") from None
