@@ -39,12 +39,12 @@ def _unknown(entry: dict[str, Any]) -> list[str]:
 def _text(entry: dict[str, Any]) -> list[str]:
     rows = [["", "token perplexity", "KL to dense", "flipped tokens", "inputs skipped"]]
     if entry.get("dense"):
-        rows.append(["dense model", f"{entry['dense']['token_ppl']:.4g}", "", "", ""])
+        rows.append(["dense model", _number(entry["dense"]["token_ppl"], ".4g"), "", "", ""])
     for row in entry["rows"]:
         rows.append(
             [
                 _level_name(row["level"]),
-                f"{row['token_ppl']:.4g}{_increase(row, entry.get('dense'))}",
+                f"{_number(row['token_ppl'], '.4g')}{_increase(row, entry.get('dense'))}",
                 _number(row.get("kl"), ".4f"),
                 _number(row.get("flips"), ".2%"),
                 _number(row.get("skipped"), ".1%"),
@@ -58,7 +58,8 @@ def _text(entry: dict[str, Any]) -> list[str]:
 
 
 def _increase(row: dict[str, Any], dense: dict[str, Any] | None) -> str:
-    return f" ({row['token_ppl'] / dense['token_ppl'] - 1:+.1%})" if dense else ""
+    own, base = row["token_ppl"], None if dense is None else dense["token_ppl"]
+    return f" ({own / base - 1:+.1%})" if own and base else ""
 
 
 def _tasks(entry: dict[str, Any]) -> list[str]:
@@ -153,6 +154,7 @@ def _level_name(level: str) -> str:
 
 
 def _number(value: Any, form: str) -> str:
+    """Empty for what is not known or was not finite."""
     return f"{value:{form}}" if isinstance(value, int | float) else ""
 
 
@@ -162,30 +164,34 @@ def _plus_minus(value: Any, stderr: Any, form: str) -> str:
 
 
 def eval_results(facts: CardFacts) -> list[EvalResult]:
-    """The measured figures for the hub's model-index."""
-    from huggingface_hub import EvalResult
-
+    """The measured figures for the hub's model-index; what was not finite is left out."""
     results = []
     for entry in facts.measured:
         for row in entry["rows"] if entry["kind"] in ("text", "tasks") else []:
-            level = "" if row["level"] == DENSE else f", level {row['level']}"
-            if entry["kind"] == "text":
-                name = clean(shown_text(entry["on"]))
-                windows = f"windows of {entry['seq_len']} tokens"
-                found = ("perplexity", "token perplexity", row["token_ppl"], windows)
-            else:
-                name = clean(row["task"])
-                found = (row["metric"], row["metric"], row["value"], f"{row['num_fewshot']}-shot")
-            kind, metric, value, config = found
-            results.append(
-                EvalResult(
-                    task_type=TASK_TYPE,
-                    dataset_type=name,
-                    dataset_name=name,
-                    dataset_config=config,
-                    metric_type=clean(kind),
-                    metric_name=clean(metric + level),
-                    metric_value=value,
-                )
-            )
+            results += _result(entry, row)
     return results
+
+
+def _result(entry: dict[str, Any], row: dict[str, Any]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    level = "" if row["level"] == DENSE else f", level {row['level']}"
+    if entry["kind"] == "text":
+        name, config = shown_text(entry["on"]), f"windows of {entry['seq_len']} tokens"
+        kind, metric, value = "perplexity", "token perplexity", row["token_ppl"]
+    else:
+        name, config = row["task"], f"{row['num_fewshot']}-shot"
+        kind, metric, value = row["metric"], row["metric"], row["value"]
+    if value is None:
+        return []
+    return [
+        EvalResult(
+            task_type=TASK_TYPE,
+            dataset_type=clean(name),
+            dataset_name=clean(name),
+            dataset_config=config,
+            metric_type=clean(kind),
+            metric_name=clean(metric + level),
+            metric_value=value,
+        )
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from prune_llm.cli_card import check_card, record_quality, record_tasks
 from prune_llm.cli_forgotten import print_forgotten
 from prune_llm.cli_tables import print_quality
 from prune_llm.cli_tasks import finite, run_tasks
@@ -44,6 +45,7 @@ from prune_llm.cli_tasks import finite, run_tasks
 @click.option("--include-path", help="Directory with further task files.")
 @click.option("--apply-chat-template", is_flag=True, help="Send prompts as a user's messages.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
+@click.option("--update-card", is_flag=True, help="Put the figures into MODEL's README.md too.")
 @click.pass_context
 def eval_command(
     ctx: click.Context,
@@ -51,6 +53,7 @@ def eval_command(
     model: str,
     against: str | None,
     json_file: str | None,
+    update_card: bool,
     **options: Any,
 ) -> None:
     """Token perplexity of MODEL on a text and its KL to the dense model, or lm-eval tasks."""
@@ -60,12 +63,17 @@ def eval_command(
     _check_folder("json", json_file)
     file = None if json_file is None else Path(json_file)
     chosen = _tasks_or_text(ctx, options)
+    card = check_card(model) if update_card else None
     if options["tasks"] is not None:
-        run_tasks(console, errors, model, against, chosen, file)
+        report = run_tasks(console, errors, model, against, chosen, file)
+        if card is not None:
+            record_tasks(card, report, against, chosen)
         return
     with eval_bar() as show:
         rows = evaluate(model, against, EvalConfig(**chosen), show)
     print_quality(console, rows)
+    if card is not None:
+        record_quality(card, rows, against, options)
     if options["protocol"] != "all-sparse":
         console.print(f"protocol {options['protocol']}: only the second half of a window is scored")
     if len(rows) > 1:

@@ -35,7 +35,7 @@ def run_tasks(
     against: str | None,
     settings: dict[str, Any],
     file: Path | None,
-) -> None:
+) -> TaskReport:
     """Run, print and, where asked, write JSON."""
     need_lm_eval()
     from prune_llm_eval.tasks import TaskConfig, evaluate_tasks, quiet
@@ -55,6 +55,7 @@ def run_tasks(
             if row.paired is not None:
                 entry["paired"]["significant"] = row.paired.significant
         file.write_text(json.dumps(finite(content), indent=1) + "\n")
+    return report
 
 
 def print_tasks(console: Console, report: TaskReport) -> None:

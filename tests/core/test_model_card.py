@@ -284,3 +284,40 @@ def test_a_card_without_its_region_is_refused(pruned: Path, tmp_path: Path) -> N
     (directory / "measured.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a list of measurements"):
         update_figures(directory)
+
+
+def test_eval_puts_its_figures_into_the_card(
+    cli: Any, pruned: Path, base: Path, corpus: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(pruned, tmp_path / "pruned"))
+    result = cli(
+        "eval", directory, "--against", base, "--text", corpus, "--seq-len", 32, "--windows", 4,
+        "--level", "30%", "--device", "cpu", "--update-card", "--json", tmp_path / "rows.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    dense, own, level = json.loads((tmp_path / "rows.json").read_text())
+    (entry,) = json.loads((directory / "measured.json").read_text())
+    assert entry["dense"]["token_ppl"] == dense["quality"]["token_ppl"]
+    assert [row["token_ppl"] for row in entry["rows"]] == [
+        own["quality"]["token_ppl"], level["quality"]["token_ppl"]
+    ]  # fmt: skip
+    assert entry["on"] == "corpus.txt" and entry["rows"][1]["skipped"] == level["skipped"]
+    text = (directory / "README.md").read_text()
+    assert "| dense model | " in text and "| at level 30% | " in text
+    assert parsed(text).data.eval_results[0].metric_value == own["quality"]["token_ppl"]
+    assert str(corpus.parent) not in text
+
+
+def test_a_card_that_cannot_be_written_is_refused_first(
+    cli: Any, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prune_llm_eval.compare.evaluate", None)  # nothing is measured
+    directory = Path(shutil.copytree(pruned, tmp_path / "pruned"))
+    (directory / "README.md").write_text("mine alone\n")
+    for model, message in (
+        (directory, "has no lines '<!-- prune-llm:figures -->'"),
+        ("org/name", "update_card: 'org/name' is no local directory; download it first"),
+    ):
+        result = cli("eval", model, "--update-card")
+        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert len(result.stderr.strip().splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -335,6 +336,24 @@ def test_the_command_prints_and_writes(cli: Cli, packed: Path, tasks: Path, tmp_
     assert found["rows"][-1]["paired"].keys() == {
         "difference", "stderr", "changed", "better", "significant"
     }  # fmt: skip
+
+
+def test_values_go_into_the_card(cli: Cli, packed: Path, tasks: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    directory = Path(shutil.copytree(packed, tmp_path / "packed"))
+    result = cli(
+        "eval", directory, "--tasks", "my_choice", "--include-path", tasks, "--limit", 4,
+        "--level", "30%", "--json", tmp_path / "rows.json", "--update-card",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    card = ModelCard.load(directory / "README.md", ignore_metadata_errors=False)
+    assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [
+        (f"{row['metric']}{', level 30%' if row['model'] == 'level 30%' else ''}", row["value"])
+        for row in rows
+    ]
+    assert "Only the first 4 documents" in card.text
 
 
 def test_what_lm_eval_does_in_silence_is_said(packed: Path, tmp_path: Path) -> None:

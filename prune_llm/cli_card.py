@@ -1,0 +1,111 @@
+"""`eval --update-card`: what was just measured, in the model card of the checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prune_llm.activation.levels import DENSE
+from prune_llm.card_facts import add_measured, shown_text
+from prune_llm.cli_tasks import finite
+from prune_llm.model_card import check_regions, update_figures
+from prune_llm.prune import select_device
+from prune_llm.report import environment
+
+if TYPE_CHECKING:
+    from prune_llm_eval.compare import ModelQuality
+    from prune_llm_eval.tasks import TaskReport, TaskRow
+
+QUALITY = ("token_ppl", "nll", "nll_stderr", "kl", "flips")
+
+
+def check_card(model: str) -> Path:
+    """Before anything is measured. Raises ValueError for what has no card that can be written."""
+    directory = Path(model)
+    if not directory.is_dir():
+        raise ValueError(f"update_card: {model!r} is no local directory; download it first")
+    check_regions(directory)
+    return directory
+
+
+def record_quality(
+    directory: Path, rows: list[ModelQuality], against: str | None, options: dict[str, Any]
+) -> None:
+    """Rows of `eval`: the dense model where there is one, then the model and its levels."""
+    own = rows if against is None else rows[1:]
+    first = rows[0].quality
+    entry = {
+        "kind": "text",
+        "on": shown_text(options["text"]),
+        "seq_len": first.seq_len,
+        "windows": first.windows,
+        "tokens": first.tokens,
+        "protocol": options["protocol"],
+        "dense": None if against is None else _quality(rows[0]),
+        "rows": [{"level": _level(row.name), **_quality(row)} for row in own],
+        **_where(options),
+    }
+    _write(directory, entry)
+
+
+def record_tasks(
+    directory: Path, report: TaskReport, against: str | None, options: dict[str, Any]
+) -> None:
+    first = report.models[0]
+    dense = {_key(row): row.value for row in report.rows if row.model == first}
+    own = [row for row in report.rows if against is None or row.model != first]
+    entry = {
+        "kind": "tasks",
+        "on": ",".join(options["tasks"]),
+        "lm_eval": report.lm_eval,
+        "limit": options["limit"],
+        "rows": [_task(row, None if against is None else dense[_key(row)]) for row in own],
+        **_where(options),
+    }
+    _write(directory, entry)
+
+
+def _write(directory: Path, entry: dict[str, Any]) -> None:
+    add_measured(directory, finite(entry))
+    update_figures(directory)
+
+
+def _where(options: dict[str, Any]) -> dict[str, str]:
+    found = environment(select_device(options["device"]), torch.float32)
+    names = {"device": found["device"], "prune-llm": found["prune-llm"]}
+    return {**names, "dtype": options["dtype"], "date": time.strftime("%Y-%m-%d")}
+
+
+def _level(name: str) -> str:
+    """A level's row is called "level NAME", any other is the model itself."""
+    return name.removeprefix("level ") if name.startswith("level ") else DENSE
+
+
+def _quality(row: ModelQuality) -> dict[str, Any]:
+    quality = asdict(row.quality)
+    return {**{name: quality[name] for name in QUALITY}, "skipped": row.skipped}
+
+
+def _key(row: TaskRow) -> tuple[str, str, str]:
+    return row.task, row.metric, row.filter
+
+
+def _task(row: TaskRow, dense: float | None) -> dict[str, Any]:
+    paired = row.paired if dense is not None else None
+    return {
+        "task": row.task,
+        "metric": row.metric,
+        "filter": row.filter,
+        "level": _level(row.model),
+        "value": row.value,
+        "stderr": row.stderr,
+        "documents": row.documents,
+        "num_fewshot": row.num_fewshot,
+        "dense": dense,
+        "difference": None if paired is None else paired.difference,
+        "difference_stderr": None if paired is None else paired.stderr,
+    }
