@@ -87,7 +87,7 @@ def read_facts(directory: Path, source: Path, name: str) -> CardFacts:
         nbytes=stored.nbytes,
         dense_nbytes=packed + sum(tensor.nbytes for tensor in stored.plain.values()),
         pruning=pruning,
-        levels=_table(directory / LEVELS_REPORT_FILE) if stored.form.activation else {},
+        levels=read_levels_report(directory) if stored.form.activation else {},
         frontier=_own_frontier(directory, name),
         measured=tuple(read_measured(directory)),
     )
@@ -122,6 +122,11 @@ def read_report(directory: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or not isinstance(report.get("linears"), list):
         raise ValueError(f"{file}: is not a report of prune; remove it or get it again")
     return report
+
+
+def read_levels_report(directory: Path) -> dict[str, Any]:
+    """activation_report.json, or an empty table where there is none."""
+    return _table(directory / LEVELS_REPORT_FILE)
 
 
 def is_ours(metadata: dict[str, Any]) -> bool:

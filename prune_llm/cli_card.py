@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from prune_llm.activation.levels import DENSE
-from prune_llm.card_facts import add_measured, shown_text
+from prune_llm.card_facts import add_measured
 from prune_llm.cli_tasks import finite
 from prune_llm.model_card import check_regions, update_figures
 from prune_llm.prune import select_device
-from prune_llm.report import environment
 
 if TYPE_CHECKING:
     from prune_llm_eval.compare import ModelQuality
     from prune_llm_eval.tasks import TaskReport, TaskRow
-
-QUALITY = ("token_ppl", "nll", "nll_stderr", "kl", "flips")
 
 
 def check_card(model: str) -> Path:
@@ -36,20 +29,13 @@ def record_quality(
     directory: Path, rows: list[ModelQuality], against: str | None, options: dict[str, Any]
 ) -> None:
     """Rows of `eval`: the dense model where there is one, then the model and its levels."""
+    from prune_llm_eval.card_entries import text_entry
+
     own = rows if against is None else rows[1:]
-    first = rows[0].quality
-    entry = {
-        "kind": "text",
-        "on": shown_text(options["text"]),
-        "seq_len": first.seq_len,
-        "windows": first.windows,
-        "tokens": first.tokens,
-        "protocol": options["protocol"],
-        "dense": None if against is None else _quality(rows[0]),
-        "rows": [{"level": _level(row.name), **_quality(row)} for row in own],
-        **_where(options),
-    }
-    _write(directory, entry)
+    dense = None if against is None else rows[0].quality
+    scored = [(_level(row.name), row.quality, row.skipped) for row in own]
+    entry = text_entry(options["text"], dense, scored)
+    _write(directory, {**entry, "protocol": options["protocol"]}, options)
 
 
 def record_tasks(
@@ -64,30 +50,21 @@ def record_tasks(
         "lm_eval": report.lm_eval,
         "limit": options["limit"],
         "rows": [_task(row, None if against is None else dense[_key(row)]) for row in own],
-        **_where(options),
     }
-    _write(directory, entry)
+    _write(directory, entry, options)
 
 
-def _write(directory: Path, entry: dict[str, Any]) -> None:
-    add_measured(directory, finite(entry))
+def _write(directory: Path, entry: dict[str, Any], options: dict[str, Any]) -> None:
+    from prune_llm_eval.card_entries import where
+
+    told = where(select_device(options["device"]), options["dtype"])
+    add_measured(directory, finite({**entry, **told}))
     update_figures(directory)
-
-
-def _where(options: dict[str, Any]) -> dict[str, str]:
-    found = environment(select_device(options["device"]), torch.float32)
-    names = {"device": found["device"], "prune-llm": found["prune-llm"]}
-    return {**names, "dtype": options["dtype"], "date": time.strftime("%Y-%m-%d")}
 
 
 def _level(name: str) -> str:
     """A level's row is called "level NAME", any other is the model itself."""
     return name.removeprefix("level ") if name.startswith("level ") else DENSE
-
-
-def _quality(row: ModelQuality) -> dict[str, Any]:
-    quality = asdict(row.quality)
-    return {**{name: quality[name] for name in QUALITY}, "skipped": row.skipped}
 
 
 def _key(row: TaskRow) -> tuple[str, str, str]:
