@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prune_llm_eval.sweep_report import SweepReport, SweepRow
     from prune_llm_eval.variants import Variant
 
-COLUMNS = ("", "pruned", "inputs", "ppl", "change", "KL", "tokens/s", "faster", "on disk")
+COLUMNS = ("", "pruned", "inputs", "ppl", "change", "tokens/s", "faster", "on disk")
 TIMING = ("context", "tokens", "rounds", "threads")
 TASKS = ("tasks", "num_fewshot", "limit", "include_path")
 RECONSTRUCTION = ("reconstruction_steps", "reconstruction_minutes", "reconstruction_rate")
@@ -179,8 +179,8 @@ def print_sweep(console: Console, report: SweepReport) -> None:
         table.add_row(*_cells(report, row))
     console.print(table)
     console.print(
-        "inputs: skipped, weighted by the weights they spare; change: of the perplexity; KL: from "
-        f"the dense model, nats per token; tokens/s: {report.decoder}, medians of "
+        "@: at an activation level; inputs: skipped, weighted by the weights they spare; change: "
+        f"of the perplexity; tokens/s: {report.decoder}, medians of "
         f"{report.config['decoding']['rounds']} rounds in turns; faster: than the dense model",
         soft_wrap=True,
     )
@@ -252,7 +252,6 @@ def _cells(report: SweepReport, row: SweepRow) -> list[str]:
         "-" if row.skipped is None else f"{row.skipped:.1%}",
         f"{quality.token_ppl:.4g}",
         f"{report.increase(row):+.1%}",
-        "-" if quality.kl is None else f"{quality.kl:.4f}",
         f"{row.tokens_per_second:.1f}",
         f"{faster:.2f}x",
         size(row.nbytes),

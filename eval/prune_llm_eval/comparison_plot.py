@@ -78,14 +78,14 @@ def _draw_perplexity(axes: Axes, report: ComparisonReport) -> None:
     cut = high > MOST * dense
     axes.set_ylim(max(low, 0.8 * dense), MOST * dense if cut else high)
     axes.set_ylabel(f"token perplexity (log scale{f', up to {MOST} x dense' if cut else ''})")
-    set_scale(axes)
+    _set_scale(axes)
 
 
 def _draw_kl(axes: Axes, report: ComparisonReport) -> None:
     _draw_lines(axes, report, lambda row: row.quality.kl)
     axes.set_title("Distance from the dense model")
     axes.set_ylabel("KL divergence, nats per token (log scale)")
-    set_scale(axes)
+    _set_scale(axes)
 
 
 def _draw_lines(axes: Axes, report: ComparisonReport, value: Value) -> None:
@@ -102,7 +102,7 @@ def _draw_lines(axes: Axes, report: ComparisonReport, value: Value) -> None:
     _set_ticks(axes, report, columns)
 
 
-def set_scale(axes: Axes) -> None:
+def _set_scale(axes: Axes) -> None:
     """Plain numbers: over four decades at 1 alone, over one at 1, 2 and 5, else at more."""
     from matplotlib.ticker import LogLocator, NullFormatter
 

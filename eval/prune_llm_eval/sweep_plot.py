@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_llm.activation.levels import DENSE
-from prune_llm_eval.comparison_plot import COLOURS, MARKERS, MOST, SETTINGS, set_scale
+from prune_llm_eval.comparison_plot import COLOURS, MARKERS, MOST, SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +42,15 @@ def draw(report: SweepReport, files: list[Path]) -> None:
             f"(median of {decoding['rounds']} rounds)"
         )
         left.set_ylabel(_quality_label(report))
+        _set_increases(left, report)
         unit, name = _unit(report)
         _draw_panel(right, report, lambda row: row.nbytes / unit, report.frontier(by_size=True))
         right.set_title("Size: further left is smaller")
         right.set_xlabel(f"tensors on disk, {name}")
         right.tick_params(labelleft=True)
+        for axes in (left, right):
+            axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+            axes.set_axisbelow(True)
         _add_legend(figure, report)
         for file in files:
             metadata = {"Date": None} if file.suffix == ".svg" else {}
@@ -54,49 +58,54 @@ def draw(report: SweepReport, files: list[Path]) -> None:
 
 
 def _draw_panel(axes: Axes, report: SweepReport, place: Value, frontier: list[SweepRow]) -> None:
-    dense = report.dense.quality.token_ppl
-    axes.set_yscale("log")
-    axes.axhline(dense * (1 + report.target), color="#444444", linewidth=1.3, linestyle="--")
-    line = [(place(row), row.quality.token_ppl) for row in frontier]
+    axes.axhline(report.target, color="#444444", linewidth=1.3, linestyle="--")
+    line = [(place(row), report.increase(row)) for row in frontier]
     axes.plot(*zip(*line, strict=True), color="#999999", linewidth=1.8, zorder=1)
     styles = _styles(report)
-    for row in report.rows:
-        if _drawable(row):
-            axes.plot(place(row), row.quality.token_ppl, **_marker(row, styles))
+    for row in filter(_drawable, report.rows):
+        axes.plot(place(row), report.increase(row), **_marker(row, styles))
     best = report.fastest
     axes.plot(
-        place(best), best.quality.token_ppl, "o", markersize=19, markerfacecolor="none",
+        place(best), report.increase(best), "o", markersize=19, markerfacecolor="none",
         markeredgecolor="black", markeredgewidth=1.8, zorder=4,
     )  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.9 * dense), min(high, MOST * dense))
     axes.margins(x=0.12)
-    set_scale(axes)
     _name_points(axes, report, place, frontier)
+
+
+def _set_increases(axes: Axes, report: SweepReport) -> None:
+    """Even up to the target, where the choice is made; logarithmic beyond it."""
+    axes.set_yscale("asinh", linear_width=report.target)
+    found = [report.increase(row) for row in report.rows if _drawable(row)]
+    low, high = min(found), min(max(*found, 1.5 * report.target), MOST)
+    axes.set_ylim(min(1.3 * low, -0.15 * report.target), 1.3 * high)
+    steps = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+    ticks = [0.0, *(step for step in steps if report.target / 3 < step <= 1.3 * high)]
+    axes.set_yticks(ticks, [f"{100 * tick:+g}%" if tick else "0" for tick in ticks])
+    axes.minorticks_off()
 
 
 def _draw_spread(axes: Axes, report: SweepReport) -> None:
     """From the slowest to the fastest round."""
     for row in filter(_drawable, report.rows):
         ends = [min(row.speeds), max(row.speeds)]
-        axes.plot(ends, [row.quality.token_ppl] * 2, color="#888888", linewidth=1, zorder=0)
+        axes.plot(ends, [report.increase(row)] * 2, color="#888888", linewidth=1, zorder=0)
 
 
 def _name_points(axes: Axes, report: SweepReport, place: Value, frontier: list[SweepRow]) -> None:
     """Pattern and level beside each point; of many points only those of the frontier."""
-    low, high = axes.get_ylim()
     for row in report.rows if len(report.rows) <= NAMED else frontier:
-        if not _drawable(row) or not low <= row.quality.token_ppl <= high:
-            continue
-        level = "" if row.level == DENSE else f" | {row.level}"
-        axes.annotate(
-            f"{row.pattern or 'dense'}{level}",
-            (place(row), row.quality.token_ppl),
-            textcoords="offset points",
-            xytext=(8, 6),
-            fontsize=10,
-            color="#333333",
-        )
+        if _drawable(row):
+            level = "" if row.level == DENSE else f" @{row.level}"
+            axes.annotate(
+                f"{row.pattern or 'dense'}{level}",
+                (place(row), report.increase(row)),
+                textcoords="offset points",
+                xytext=(9, 7),
+                fontsize=10,
+                color="#333333",
+                annotation_clip=True,
+            )
 
 
 def _drawable(row: SweepRow) -> bool:
@@ -104,10 +113,10 @@ def _drawable(row: SweepRow) -> bool:
 
 
 def _quality_label(report: SweepReport) -> str:
-    ppls = [row.quality.token_ppl for row in report.rows]
     dense = report.dense.quality.token_ppl
-    cut = any(not math.isfinite(ppl) or ppl > MOST * dense for ppl in ppls)
-    return f"token perplexity (log scale{f', up to {MOST} x dense' if cut else ''})"
+    broken = [row for row in report.rows if not report.increase(row) <= MOST]
+    left_out = f"; {len(broken)} broken ones left out" if broken else ""
+    return f"token perplexity over the dense model's {dense:.4g}{left_out}"
 
 
 def _unit(report: SweepReport) -> tuple[float, str]:
@@ -153,5 +162,5 @@ def _add_legend(figure: Figure, report: SweepReport) -> None:
                linestyle="none"),
     ]  # fmt: skip
     allowed = f"{100 * report.target:g}%"
-    labels += ["frontier", f"{allowed} more perplexity", "fastest within it"]
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=len(labels))
+    labels += ["frontier", f"{allowed} more perplexity", f"fastest within {allowed}"]
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=4)

@@ -47,7 +47,7 @@ class SweepRow:
 
     @property
     def name(self) -> str:
-        level = "" if self.level == DENSE else f", level {self.level}"
+        level = "" if self.level == DENSE else f" @{self.level}"
         return f"{self.method} {self.pattern}".strip() + level
 
     @property
