@@ -16,7 +16,7 @@ from prune_llm.cli_tasks import finite, run_tasks
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--against", help="The dense model to compare with.")
 @click.option("--text", default="bundled", show_default=True, help="Text, JSONL or dataset.")
 @click.option("--separator", help="Line between the documents of a text file.")
@@ -44,13 +44,18 @@ from prune_llm.cli_tasks import finite, run_tasks
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences run at once.")
 @click.option("--include-path", help="Directory with further task files.")
 @click.option("--apply-chat-template", is_flag=True, help="Send prompts as a user's messages.")
+@click.option("--url", help="A running server (OpenAI's API) instead; MODEL: the name it serves.")
+@click.option("--api-key-env", help="Environment variable that holds the server's key.")
+@click.option(
+    "--tokenizer", help="Directory of the served model's tokenizer.  [default: --against]"
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
 @click.option("--update-card", is_flag=True, help="Put the figures into MODEL's README.md too.")
 @click.pass_context
 def eval_command(
     ctx: click.Context,
     /,
-    model: str,
+    model: str | None,
     against: str | None,
     json_file: str | None,
     update_card: bool,
@@ -62,7 +67,17 @@ def eval_command(
 
     _check_folder("json", json_file)
     file = None if json_file is None else Path(json_file)
+    served = {name: options.pop(name) for name in SERVER_OPTIONS}
     chosen = _tasks_or_text(ctx, options)
+    if served["url"] is not None:
+        _check_served(options["tasks"], update_card)
+        served["tokenizer"] = served["tokenizer"] or against
+        run_tasks(console, errors, None, against, chosen, file, {**served, "model": model})
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'")
+    if lone := next((name for name, value in served.items() if value is not None), None):
+        raise click.UsageError(f"--{lone.replace('_', '-')} needs --url")
     card = check_card(model) if update_card else None
     if options["tasks"] is not None:
         report = run_tasks(console, errors, model, against, chosen, file)
@@ -82,6 +97,14 @@ def eval_command(
         file.write_text(json.dumps(finite([asdict(row) for row in rows]), indent=1) + "\n")
 
 
+def _check_served(tasks: str | None, update_card: bool) -> None:
+    if tasks is None:
+        raise click.UsageError("--url needs --tasks: a server tells no scores of whole texts")
+    if update_card:
+        raise click.UsageError("--update-card does not go with --url: whose card it is, is unknown")
+
+
+SERVER_OPTIONS = ("url", "api_key_env", "tokenizer")
 TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_template")
 TEXT_OPTIONS = ("text", "separator", "seq_len", "windows", "protocol", "passages")
 
