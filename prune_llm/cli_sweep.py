@@ -77,7 +77,8 @@ def sweep_command(
     """
     from prune_llm.cli import console, errors, eval_bar
     from prune_llm.cli_tasks import need_lm_eval
-    from prune_llm_eval.sweep import SweepConfig, sweep
+    from prune_llm_eval.sweep import sweep
+    from prune_llm_eval.sweep_config import SweepConfig
     from prune_llm_eval.turns import Decoding
 
     tasks = _tasks({name: options.pop(name) for name in TASKS})

@@ -18,7 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,23 +27,18 @@ from lm_eval.api.metrics import mean
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from prune_llm.activation.levels import DENSE, LevelTable
-from prune_llm.calibration import load_tokenizer
 from prune_llm.prune import select_device
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm_eval.harness import PruneLM
 from prune_llm_eval.paired import Paired, combine, compare_pairs, jackknife
 from prune_llm_eval.remote import Served, Server, connect
+from prune_llm_eval.shared_tokenizer import check_tokenizers
 from prune_llm_eval.task_loading import LoadedTasks, load_tasks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 OnModel = Callable[[str, int, int], None]
 # resamples for the few metrics whose standard error lm-eval bootstraps; its own default of 100,000
 # takes minutes
 BOOTSTRAP = 1000
-# tokenizers that differ nowhere here and have one vocabulary are taken for the same
-PROBE = "Once upon a time, in 1984, she said: “naïve café” -- x_1 = {a[0]};\n\t    İstanbul 漢字 🙂"
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ def evaluate_tasks(
             directories.append((str(config.server.tokenizer), served.tokenizer))
     else:
         _check_levels(names[-1], checkpoints[-1], config.levels)
-    _check_tokenizers(directories, config.apply_chat_template)
+    check_tokenizers(directories, config.apply_chat_template)
     loaded = load_tasks(config.tasks, config.include_path)
     if served is not None:
         kinds = {name: task.OUTPUT_TYPE for name, task in loaded.tasks.items()}
@@ -203,36 +198,6 @@ def _check_levels(model: str, checkpoint: SparseCheckpoint, levels: Sequence[str
                 f"level {level!r}: {model!r} has no activation levels; prune-llm sparsify makes "
                 "them"
             )
-
-
-def _check_tokenizers(models: Sequence[tuple[str, Path]], chat: bool) -> None:
-    """By the name it was given and its directory."""
-    found = [(name, load_tokenizer(directory)) for name, directory in models]
-    for name, tokenizer in found:
-        if chat and not tokenizer.chat_template:
-            raise ValueError(f"apply_chat_template: the tokenizer of {name!r} has no chat template")
-    for name, tokenizer in found[1:]:
-        different = _difference(found[0][1], tokenizer, chat)
-        if different is not None:
-            raise ValueError(
-                f"{found[0][0]!r} and {name!r} have different tokenizers ({different}); compare "
-                "models that share a tokenizer"
-            )
-
-
-def _difference(
-    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, chat: bool
-) -> str | None:
-    if first.get_vocab() != second.get_vocab():
-        return f"vocabularies of {len(first)} and {len(second)} tokens, not the same ones"
-    if first.encode(PROBE) != second.encode(PROBE):
-        return "the same text becomes different tokens"
-    for token in ("bos_token_id", "eos_token_id"):
-        if getattr(first, token) != getattr(second, token):
-            return f"{token} {getattr(first, token)} and {getattr(second, token)}"
-    if chat and first.chat_template != second.chat_template:
-        return "their chat templates"
-    return None
 
 
 def _run(label: str, lm: Any, loaded: LoadedTasks, config: TaskConfig) -> _Run:

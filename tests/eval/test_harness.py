@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from tiny_models import save_tokenizer
 
@@ -23,7 +26,7 @@ from prune_llm.activation.gates import Gates
 from prune_llm.activation.sites import table_sites
 from prune_llm.activation.sparsify import SparsifyConfig, sparsify
 from prune_llm_eval import task_loading
-from prune_llm_eval.harness import PruneLM, first_tokens
+from prune_llm_eval.harness import MODEL_NAME, PruneLM, first_tokens
 from prune_llm_eval.paired import Paired, combine, compare_pairs, jackknife
 from prune_llm_eval.perplexity import token_perplexity
 from prune_llm_eval.tasks import TaskConfig, TaskReport, evaluate_tasks
@@ -153,6 +156,15 @@ def test_dequantized_gives_exactly_the_numbers_of_the_export(
     assert responses(ours) == responses(own[1])
     assert ours["results"] == own[1]["results"]
     assert ours["config"]["prune_llm_level"] == "dense"
+
+
+def test_lm_eval_versions_with_entry_points_find_our_model() -> None:
+    """Those after 0.4.13 read this group; what is declared must load, and bear the name's class."""
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]
+    (name, value), *rest = declared["lm_eval.models"].items()
+    assert (name, rest) == (MODEL_NAME, [])
+    assert EntryPoint(name, value, "lm_eval.models").load() is PruneLM is get_model(MODEL_NAME)
 
 
 def test_packed_gives_the_numbers_of_the_export(

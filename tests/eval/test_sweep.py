@@ -28,7 +28,8 @@ from prune_llm_eval import sweep as sweep_module
 from prune_llm_eval.compare import evaluate_all
 from prune_llm_eval.journal import JOURNAL_FILE, Journal
 from prune_llm_eval.perplexity import Quality
-from prune_llm_eval.sweep import SweepConfig, sweep
+from prune_llm_eval.sweep import sweep
+from prune_llm_eval.sweep_config import SweepConfig
 from prune_llm_eval.sweep_report import SweepReport, SweepRow, pareto
 from prune_llm_eval.turns import Decoding
 from prune_llm_eval.variants import Variant
