@@ -104,12 +104,12 @@ def read_base(source: Path, pruned_from: str | None = None) -> Base:
     hub = known.get("base_model") if is_ours(known) else hub_name(model)
     hub = hub if isinstance(hub, str) and HUB_NAME.fullmatch(hub) else None
     language = known.get("language")
-    languages = [language] if isinstance(language, str) else language
+    languages = language if isinstance(language, list) else [language]
     return Base(
         name=hub or Path(model).name or "the base model",
         hub=hub,
         licence={key: known[key] for key in LICENCE if isinstance(known.get(key), str)},
-        language=tuple(x for x in languages or () if isinstance(x, str)),
+        language=tuple(x for x in languages if isinstance(x, str)),
     )
 
 
@@ -141,17 +141,29 @@ def hub_name(directory: str) -> str | None:
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a card; empty where there is no card or its metadata cannot be read."""
+    """The front matter of a card of anyone; empty where there is none that can be read.
+
+    A run does not fail over it: it tells licence and language, which are left out then.
+    """
+    try:
+        return parse_metadata(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def parse_metadata(text: str) -> dict[str, Any]:
+    """Front matter of a card; empty where there is none. ValueError where it cannot be read."""
     import yaml
 
-    if not card.is_file():
-        return {}
-    found = FRONT_MATTER.match(card.read_text(errors="replace"))
+    found = FRONT_MATTER.match(text)
     try:
-        metadata = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        return {}  # the base model's, and not ours to judge
-    return metadata if isinstance(metadata, dict) else {}
+        metadata = yaml.safe_load(found[1]) if found else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the metadata at its top cannot be read ({reason})") from None
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        raise ValueError("the metadata at its top is no table of names")
+    return metadata
 
 
 def read_measured(directory: Path) -> list[dict[str, Any]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prune_llm import model_card
 from prune_llm.activation.levels import DENSE
 from prune_llm.card_facts import add_measured
 from prune_llm.cli_tasks import finite
-from prune_llm.model_card import check_regions, update_figures
 from prune_llm.prune import select_device
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def check_card(model: str) -> Path:
     directory = Path(model)
     if not directory.is_dir():
         raise ValueError(f"update_card: {model!r} is no local directory; download it first")
-    check_regions(directory)
+    model_card.check_card(directory)
     return directory
 
 
@@ -59,7 +59,7 @@ def _write(directory: Path, entry: dict[str, Any], options: dict[str, Any]) -> N
 
     told = where(select_device(options["device"]), options["dtype"])
     add_measured(directory, finite({**entry, **told}))
-    update_figures(directory)
+    model_card.update_figures(directory)
 
 
 def _level(name: str) -> str:

@@ -19,8 +19,8 @@ from prune_llm.card_facts import (
     FRONT_MATTER,
     TAG,
     CardFacts,
+    parse_metadata,
     read_facts,
-    read_metadata,
     shown_text,
 )
 from prune_llm.card_figures import cost_lines, eval_results
@@ -53,25 +53,39 @@ def update_figures(directory: Path) -> None:
     if not file.is_file():
         write_card(directory, directory, directory)
         return
-    check_regions(directory)
+    text, known = _editable(file)
     facts = read_facts(directory, directory, directory.absolute().name)
-    text = _replaced(file.read_text(encoding="utf-8"), "figures", _figures(facts))
-    assert text is not None, "checked above"
-    front = FRONT_MATTER.match(text)
-    body = text[front.end() :] if front else text
-    merged = _with_results(read_metadata(file), facts)
-    file.write_text(f"---\n{merged}\n---\n{body}", encoding="utf-8")
+    replaced = _replaced(text, "figures", _figures(facts))
+    assert replaced is not None, "checked when it was read"
+    front = FRONT_MATTER.match(replaced)
+    body = replaced[front.end() :] if front else replaced
+    file.write_text(f"---\n{_with_results(known, facts)}\n---\n{body}", encoding="utf-8")
 
 
-def check_regions(directory: Path) -> None:
-    """Raises ValueError where a card has no place for figures any more; no card is fine."""
+def check_card(directory: Path) -> None:
+    """Raises ValueError where a card cannot take figures any more; no card is fine."""
     file = directory / CARD_FILE
-    if file.is_file() and _replaced(file.read_text(errors="replace"), "figures", "") is None:
+    if file.is_file():
+        _editable(file)
+
+
+def _editable(file: Path) -> tuple[str, dict[str, Any]]:
+    """Text and metadata. ValueError where there is no place for figures in it."""
+    from huggingface_hub import ModelCardData
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        known = parse_metadata(text)
+        ModelCardData(**known)  # raises for a model-index that is none
+    except ValueError as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}; mend it first") from None
+    if _replaced(text, "figures", "") is None:
         begin, end = _marks("figures")
         raise ValueError(
             f"{file}: has no lines {begin!r} and {end!r} to put figures between; put them back, or "
             "move the file away for a new one"
         )
+    return text, known
 
 
 def published(directory: Path, name: str) -> str:
@@ -127,7 +141,7 @@ def _with_results(known: dict[str, Any], facts: CardFacts) -> str:
     """The metadata with our results in it; others' stay."""
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(**known, ignore_metadata_errors=True)
+    data = ModelCardData(**known)
     own = eval_results(facts)
     others = [
         result

@@ -41,7 +41,8 @@ def where(device: torch.device, dtype: str) -> dict[str, str]:
     """On what and when, for any entry."""
     found = environment(device, torch.float32)
     names = {"device": found["device"], "prune-llm": found["prune-llm"]}
-    return {**names, "dtype": dtype, "date": time.strftime("%Y-%m-%d")}
+    stored = "in the stored dtype" if dtype == "auto" else dtype
+    return {**names, "dtype": stored, "date": time.strftime("%Y-%m-%d")}
 
 
 def _figures(quality: Quality) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from tiny_models import llama_config, save_model
 
@@ -160,6 +163,23 @@ def test_the_base_without_a_card_or_a_name(tiny_llama: Path, tmp_path: Path) -> 
         assert read_base(folder) == Base(folder.name)
 
 
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text("{}[]:,-\n '\"&*!|>%@#ab12.", max_size=60).map(str.encode),
+        st.sampled_from(
+            [b"language: 5", b"language: {en: 1}", b"license: [mit]", b"1: 2", b"a: 2026-13-45",
+             b"a: *b", b"a: &a [*a]", b"tags: prune-llm", b"[" * 5000, b"base_model: [x]"]
+        ),
+    )
+)  # fmt: skip
+def test_no_card_of_a_base_model_stops_a_run(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "README.md").write_bytes(b"---\n" + content + b"\n---\n")
+        found = read_base(Path(folder))
+    assert all(isinstance(text, str) for text in (*found.language, *found.licence.values()))
+
+
 def test_names_of_the_hub() -> None:
     assert hub_name("/x/hub/models--org--name.v1/snapshots/0a1b") == "org/name.v1"
     assert hub_name("/x/models--gpt2/snapshots/0a1b/") == "gpt2"
@@ -284,6 +304,16 @@ def test_a_card_without_its_region_is_refused(pruned: Path, tmp_path: Path) -> N
     (directory / "measured.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a list of measurements"):
         update_figures(directory)
+    for metadata, message in (
+        ("a: [b", "the metadata at its top cannot be read"),
+        ("- a", "is no table of names"),
+        ("model-index: 3", "model"),
+    ):
+        text = f"---\n{metadata}\n---\n" + card(read_facts(pruned, pruned, "x"))
+        (directory / "README.md").write_text(text)
+        with pytest.raises(ValueError, match=f"README.md: .*{message}.*; mend it first"):
+            update_figures(directory)
+        assert (directory / "README.md").read_text() == text
 
 
 def test_eval_puts_its_figures_into_the_card(

@@ -29,6 +29,7 @@ from prune_llm_eval import task_loading
 from prune_llm_eval.harness import MODEL_NAME, PruneLM, first_tokens
 from prune_llm_eval.paired import Paired, combine, compare_pairs, jackknife
 from prune_llm_eval.perplexity import token_perplexity
+from prune_llm_eval.task_values import task_values
 from prune_llm_eval.tasks import TaskConfig, TaskReport, evaluate_tasks
 
 Cli = Callable[..., Any]
@@ -366,6 +367,17 @@ def test_values_go_into_the_card(cli: Cli, packed: Path, tasks: Path, tmp_path: 
         for row in rows
     ]
     assert "Only the first 4 documents" in card.text
+
+
+def test_a_sweep_takes_the_same_values(packed: Path, tasks: Path) -> None:
+    settings = {"tasks": ("my_choice",), "include_path": str(tasks), "device": "cpu"}
+    found = task_values(packed, ("30%",), settings)
+    config = TaskConfig(("my_choice",), include_path=str(tasks), levels=("30%",), device="cpu")
+    report = evaluate_tasks(str(packed), None, config, lambda *_: None)
+    for row in report.rows:
+        level = "30%" if row.model == "level 30%" else "dense"
+        assert found[level][f"my_choice {row.metric}"] == (row.value, row.stderr)
+    assert [len(values) for values in found.values()] == [2, 2]
 
 
 def test_what_lm_eval_does_in_silence_is_said(packed: Path, tmp_path: Path) -> None:
