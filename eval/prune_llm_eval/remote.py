@@ -1,7 +1,10 @@
 """A running server with OpenAI's API as an lm-eval model: lm-eval's own clients, asked at a level.
 
 Loglikelihoods need /v1/completions with token ids, `echo` and `logprobs`, which prune-llm's server
-and vLLM's have, and the model's tokenizer here. Whether it is the server's is asked first.
+and vLLM's have, and the model's tokenizer here. Whether it is the server's is asked first. Texts
+begin as lm-eval's transformers model begins them, with what the tokenizer puts in front; its
+clients by themselves put nothing there, which gives other values. Where a text is longer than the
+context its windows are two tokens shorter than there: the API always generates one.
 """
 
 from __future__ import annotations
@@ -201,6 +204,7 @@ class Served:
                 base_url=f"{self.server.base}/completions",
                 tokenizer=tokenizer,
                 tokenizer_backend=backend,
+                add_bos_token=self.tokenizer is not None and _puts_in_front(self.tokenizer),
                 batch_size=batch_size,
                 **settings,
             )
@@ -237,6 +241,13 @@ def connect(server: Server, chat: bool) -> Served:
         tokenizer,
         chat,
     )
+
+
+def _puts_in_front(directory: Path) -> bool:
+    """Whether a tokenizer adds tokens of its own to a text, such as <s>."""
+    tokenizer = load_tokenizer(directory)
+    plain = tokenizer.encode(PROBE, add_special_tokens=False)
+    return bool(tokenizer.encode(PROBE) != plain)
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from fake_engine import FakeEngine, continuation, encode
 from serving import Running, running, save_served
 from tiny_models import save_tokenizer
 
+from prune_llm.calibration import load_tokenizer
 from prune_llm_eval.remote import Server, connect
 from prune_llm_server.embedded import EmbeddedEngine, EngineConfig
 from prune_llm_server.settings import ServerSettings
@@ -95,7 +96,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_served(tmp_path_factory.mktemp("served"))
+    """Its tokenizer begins every text with <s>, as Llama's do."""
+    place = save_served(tmp_path_factory.mktemp("served"))
+    saved = json.loads((place / "tokenizer.json").read_text())
+    first, text = (
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
+    saved["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    (place / "tokenizer.json").write_text(json.dumps(saved))
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +129,8 @@ def test_values_are_those_of_the_directory(
     cli: Cli, real: Running, checkpoint: Path, tasks: Path, tmp_path: Path
 ) -> None:
     """Scores of texts and answers alike; only rounding differs: float32, three blocks."""
+    begun = load_tokenizer(checkpoint)
+    assert begun.encode("a") == [0, *begun.encode("a", add_special_tokens=False)]
     result = cli(
         "eval", "--url", real.url, "--against", checkpoint, "--tasks",
         "my_choice,my_pages,my_answer", "--include-path", tasks, "--batch-size", 3,
