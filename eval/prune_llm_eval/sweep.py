@@ -62,6 +62,10 @@ def sweep(
     output = Path(output)
     check_output(output)
     on_progress("reading the model and the texts", 0, 1)
+    if config.tasks is not None:
+        from prune_llm_eval.task_values import check_tasks
+
+        check_tasks(config.tasks)
     neediest = max(config.variants.values(), key=lambda own: int(needs(own)))
     base = Job.open(model, neediest, select_device(neediest.device), None, None)
     for own in config.variants.values():

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from prune_llm.activation.levels import DENSE
+from prune_llm_eval.task_loading import load_tasks
 from prune_llm_eval.tasks import TaskConfig, evaluate_tasks, quiet
+
+
+def check_tasks(settings: Mapping[str, Any]) -> None:
+    """Before any work. Raises ValueError for tasks that cannot be run."""
+    config = TaskConfig(**settings)
+    with quiet():
+        load_tasks(config.tasks, config.include_path)
 
 
 def task_values(

@@ -268,6 +268,7 @@ def test_tasks_are_run_on_every_setting(
         return {level: {"mine acc": (own, None)} for level in ("dense", *levels)}
 
     monkeypatch.setattr(task_values, "task_values", values)
+    monkeypatch.setattr(task_values, "check_tasks", lambda given: None)
     given = arguments(tiny_llama, corpus, other, tmp_path / "out")
     result = cli(*given, "--tasks", "mine", "--limit", 3)
     assert result.exit_code == 0, result.output
@@ -345,6 +346,11 @@ BAD = [
     (["--activation-levels", "half"], "activation_levels 'half': not a number"),
     (["--activation-criterion", "magnitude"], "--activation-criterion needs --activation-levels"),
     (["--limit", "3"], "--limit needs --tasks"),
+    (["--tasks", "mine", "--limit", "0"], "limit 0: must be at least 1"),
+    (
+        ["--tasks", "mine", "--include-path", "nowhere"],
+        "include_path 'nowhere': is not a directory",
+    ),
     (["--reconstruction-steps", "3"], "--reconstruction-steps needs --reconstruction"),
     (["--rounds", "0"], "rounds 0: must be at least 1"),
     (["--tokens", "1"], "tokens 1: must be at least 2"),
