@@ -324,6 +324,13 @@ def test_options_that_do_not_go_together(cli: Cli, server: Any) -> None:
     )
 
 
+def test_a_key_meant_for_openai_stays_here(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "not-for-this-server")
+    for chat in (False, True):
+        header = connect(Server(server.url), chat).open(1).header
+        assert header == {"Content-Type": "application/json"}
+
+
 def test_what_the_server_tells_of_itself(server: Any) -> None:
     found = connect(Server(server.url), chat=False)
     assert (found.model, found.context, found.levels) == ("tiny/fake", 256, ("dense", "40%", "50%"))
