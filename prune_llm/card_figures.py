@@ -119,7 +119,8 @@ def _levels(report: dict[str, Any]) -> list[str]:
     rows = [["activation level", "inputs skipped", "perplexity", "change", "KL"]]
     for level in report["levels"]:
         figures = level["texts"][text]
-        change, kl = f"{figures['ppl_increase']:+.2%}", _number(figures["kl"], ".4f")
+        # over this model without a level; the report's own may be over the one before pruning
+        change, kl = f"{figures['ppl'] / dense - 1:+.2%}", _number(figures["kl"], ".4f")
         ppl = f"{figures['ppl']:.4g}"
         rows.append([escape(level["name"]), f"{figures['sparsity']:.1%}", ppl, change, kl])
     source = (
