@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from prune_llm import PruneConfig
 from prune_llm.activation.sparsify import SparsifyConfig
 from prune_llm.activation.texts import LEAST_WINDOWS
 from prune_llm.cli_compare import listed, pattern_of, told_to_go_on
@@ -24,7 +25,6 @@ from prune_llm.cli_prune import (
 from prune_llm.cli_sparsify import parse_shares
 from prune_llm.cli_tables import new_table, short, size
 from prune_llm.presets import PRESETS
-from prune_llm.prune import PruneConfig
 
 if TYPE_CHECKING:
     from prune_llm_eval.sweep_report import SweepReport, SweepRow

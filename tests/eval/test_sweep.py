@@ -192,7 +192,7 @@ def test_a_stop_while_pruning_leaves_no_half_checkpoint(
         with pytest.raises(Stop):
             sweep(tiny_llama, settings(corpus, other), output)
     # what a kill leaves, which no program can clear
-    (output / "checkpoints" / ".wanda-0.5.partial").mkdir()
+    (output / "checkpoints" / ".wanda-0.5.partial").mkdir(exist_ok=True)
     (output / "checkpoints" / ".wanda-0.5.partial" / "block-00000.part").write_bytes(b"half")
     sweep(tiny_llama, settings(corpus, other), output)
     assert results(output) == results(whole)
