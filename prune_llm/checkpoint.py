@@ -40,13 +40,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 REPORT_FILE = "prune_report.json"
+# figures of exactly these weights: see `card_facts`
+MEASURED_FILE = "measured.json"
 # a header describes tensors only; the reference implementation has the same bound
 MAX_HEADER_BYTES = 100_000_000
 SHARD_BYTES = 5_000_000_000
 COPY_BYTES = 1 << 24
 # what travels with the weights: configuration, tokenizer, generation settings, licences
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-HUB_FILES = [*COMPANIONS, "*.safetensors"]
+HUB_FILES = [*COMPANIONS, "*.safetensors", "README.md"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +332,7 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
 def companions(directory: Path) -> list[Path]:
     """Files that travel with the weights: configuration, tokenizer, licences; no index."""
     found = {path for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()}
-    left_out = {INDEX_FILE, REPORT_FILE}
+    left_out = {INDEX_FILE, REPORT_FILE, MEASURED_FILE}
     return sorted(path for path in found if path.name not in left_out)
 
 

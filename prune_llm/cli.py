@@ -22,8 +22,10 @@ from prune_llm.cli_compare import compare_command
 from prune_llm.cli_eval import eval_command
 from prune_llm.cli_frontier import frontier_command
 from prune_llm.cli_prune import prune_command
+from prune_llm.cli_push import push_command
 from prune_llm.cli_serve import serve_command
 from prune_llm.cli_sparsify import sparsify_command
+from prune_llm.cli_sweep import sweep_command
 from prune_llm.cli_tables import print_info
 from prune_llm.job import Progress
 
@@ -96,7 +98,9 @@ main.add_command(eval_command)
 main.add_command(sparsify_command)
 main.add_command(frontier_command)
 main.add_command(compare_command)
+main.add_command(sweep_command)
 main.add_command(serve_command)
+main.add_command(push_command)
 
 
 @main.command("lm-eval", context_settings={"ignore_unknown_options": True}, add_help_option=False)

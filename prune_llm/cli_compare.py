@@ -65,19 +65,19 @@ def compare_command(
 
     own = {name: options.pop(name) for name in ("text", "windows", "statistics")}
     config = ComparisonConfig(
-        methods=_listed(methods),
-        patterns=tuple(map(_pattern, _listed(patterns))),
+        methods=listed(methods),
+        patterns=tuple(map(pattern_of, listed(patterns))),
         prune=PruneConfig(**published(options)),
         knee=_share("knee", knee),
         **own,
     )
-    with _told_to_go_on(errors, output), eval_bar() as show:
+    with told_to_go_on(errors, output), eval_bar() as show:
         report = compare_methods(model, config, output, show, lambda row: print_row(errors, row))
     print_comparison(console, report)
 
 
 @contextmanager
-def _told_to_go_on(console: Console, output: str) -> Iterator[None]:
+def told_to_go_on(console: Console, output: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM say that nothing is lost."""
     try:
         yield
@@ -87,11 +87,11 @@ def _told_to_go_on(console: Console, output: str) -> Iterator[None]:
         raise
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _pattern(text: str) -> str:
+def pattern_of(text: str) -> str:
     """ "50%" as "0.5"; anything else as it is."""
     return str(Pattern(_share("patterns", text))) if text.endswith("%") else text
 

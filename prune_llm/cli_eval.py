@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
+from prune_llm.cli_card import check_card, record_quality, record_tasks
 from prune_llm.cli_forgotten import print_forgotten
 from prune_llm.cli_tables import print_quality
 from prune_llm.cli_tasks import finite, run_tasks
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--against", help="The dense model to compare with.")
 @click.option("--text", default="bundled", show_default=True, help="Text, JSONL or dataset.")
 @click.option("--separator", help="Line between the documents of a text file.")
@@ -43,14 +44,21 @@ from prune_llm.cli_tasks import finite, run_tasks
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Sequences run at once.")
 @click.option("--include-path", help="Directory with further task files.")
 @click.option("--apply-chat-template", is_flag=True, help="Send prompts as a user's messages.")
+@click.option("--url", help="A running server (OpenAI's API) instead; MODEL: the name it serves.")
+@click.option("--api-key-env", help="Environment variable that holds the server's key.")
+@click.option(
+    "--tokenizer", help="Directory of the served model's tokenizer.  [default: --against]"
+)
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Also write JSON.")
+@click.option("--update-card", is_flag=True, help="Put the figures into MODEL's README.md too.")
 @click.pass_context
 def eval_command(
     ctx: click.Context,
     /,
-    model: str,
+    model: str | None,
     against: str | None,
     json_file: str | None,
+    update_card: bool,
     **options: Any,
 ) -> None:
     """Token perplexity of MODEL on a text and its KL to the dense model, or lm-eval tasks."""
@@ -59,13 +67,28 @@ def eval_command(
 
     _check_folder("json", json_file)
     file = None if json_file is None else Path(json_file)
+    served = {name: options.pop(name) for name in SERVER_OPTIONS}
     chosen = _tasks_or_text(ctx, options)
+    if served["url"] is not None:
+        _check_served(options["tasks"], update_card)
+        served["tokenizer"] = served["tokenizer"] or against
+        run_tasks(console, errors, None, against, chosen, file, {**served, "model": model})
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'")
+    if lone := next((name for name, value in served.items() if value is not None), None):
+        raise click.UsageError(f"--{lone.replace('_', '-')} needs --url")
+    card = check_card(model) if update_card else None
     if options["tasks"] is not None:
-        run_tasks(console, errors, model, against, chosen, file)
+        report = run_tasks(console, errors, model, against, chosen, file)
+        if card is not None:
+            record_tasks(card, report, against, chosen)
         return
     with eval_bar() as show:
         rows = evaluate(model, against, EvalConfig(**chosen), show)
     print_quality(console, rows)
+    if card is not None:
+        record_quality(card, rows, against, options)
     if options["protocol"] != "all-sparse":
         console.print(f"protocol {options['protocol']}: only the second half of a window is scored")
     if len(rows) > 1:
@@ -74,6 +97,14 @@ def eval_command(
         file.write_text(json.dumps(finite([asdict(row) for row in rows]), indent=1) + "\n")
 
 
+def _check_served(tasks: str | None, update_card: bool) -> None:
+    if tasks is None:
+        raise click.UsageError("--url needs --tasks: a server tells no scores of whole texts")
+    if update_card:
+        raise click.UsageError("--update-card does not go with --url: whose card it is, is unknown")
+
+
+SERVER_OPTIONS = ("url", "api_key_env", "tokenizer")
 TASK_OPTIONS = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_template")
 TEXT_OPTIONS = ("text", "separator", "seq_len", "windows", "protocol", "passages")
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prune_llm.card_markdown import size as size
 from prune_llm.reconstruction import BlockReconstruction
 from prune_llm.report import KindResult, PruneReport
 
@@ -201,13 +202,3 @@ def _quality_cells(row: ModelQuality) -> list[str]:
 def short(path: str) -> str:
     """The end of a long path: a table has no room for more."""
     return path if len(path) <= 24 else f"…/{Path(path).name}"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units: 1 kB = 1000 bytes."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5 or unit == "GB":
-            digits = 0 if unit == "B" or nbytes >= 99.95 else 1 if nbytes >= 9.995 else 2
-            return f"{nbytes:.{digits}f} {unit}"
-        nbytes /= 1000
-    raise AssertionError

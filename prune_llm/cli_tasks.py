@@ -31,16 +31,23 @@ def need_lm_eval() -> None:
 def run_tasks(
     console: Console,
     errors: Console,
-    model: str,
+    model: str | None,
     against: str | None,
     settings: dict[str, Any],
     file: Path | None,
-) -> None:
-    """Run, print and, where asked, write JSON."""
+    server: dict[str, Any] | None = None,
+) -> TaskReport:
+    """Run, print and, where asked, write JSON.
+
+    Args:
+        server: fields of a `remote.Server`, in place of a local model.
+    """
     need_lm_eval()
+    from prune_llm_eval.remote import Server
     from prune_llm_eval.tasks import TaskConfig, evaluate_tasks, quiet
 
-    config = TaskConfig(**settings)
+    served = None if server is None else Server(**server)
+    config = TaskConfig(**settings, server=served)
 
     def say(what: str, done: int, total: int) -> None:
         if errors.is_terminal:
@@ -55,6 +62,7 @@ def run_tasks(
             if row.paired is not None:
                 entry["paired"]["significant"] = row.paired.significant
         file.write_text(json.dumps(finite(content), indent=1) + "\n")
+    return report
 
 
 def print_tasks(console: Console, report: TaskReport) -> None:

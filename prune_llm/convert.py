@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_llm.card_facts import copy_measured, read_report
 from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
@@ -29,6 +29,7 @@ from prune_llm.format import DTYPES as PACKABLE
 from prune_llm.format import PACKED
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
+from prune_llm.model_card import write_card
 from prune_llm.slices import stacked
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,
@@ -84,6 +85,8 @@ def export(
             sparse = open_sparse(directory)
             _write_dense(sparse, staging.directory, on_progress)
             _compare(sparse, open_checkpoint(staging.directory))
+        copy_measured(directory, staging.directory)
+        write_card(staging.directory, directory, output)
         staging.publish()
 
 
@@ -162,20 +165,6 @@ def pruned_linears(source: Checkpoint) -> list[PrunedLinear]:
         for linear in model.linears(index)
         if DTYPES[source.tensor(model.disk_names[linear.weight_name]).dtype] in PACKABLE
     ]
-
-
-def read_report(directory: Path) -> dict[str, Any]:
-    """prune_report.json, or an empty table where there is none."""
-    file = directory / REPORT_FILE
-    if not file.is_file():
-        return {}
-    try:
-        report = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(report, dict) or not isinstance(report.get("linears"), list):
-        raise ValueError(f"{file}: is not a report of prune; remove it or get it again")
-    return report
 
 
 def _reported(report: dict[str, Any]) -> Iterator[PrunedLinear]:

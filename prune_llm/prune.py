@@ -9,17 +9,18 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import Texts
 from prune_llm.calibration import BUNDLED, Calibration
+from prune_llm.card_facts import LEVELS_REPORT_FILE
 from prune_llm.checkpoint import REPORT_FILE, companions, write_shards
 from prune_llm.commits import Commits
 from prune_llm.config import PruneConfig, select_device
 from prune_llm.job import Job, OnNote, OnProgress, Progress
 from prune_llm.journal import Settings
 from prune_llm.memory import return_freed_memory
+from prune_llm.model_card import write_card
 from prune_llm.prune_block import prune_block
 from prune_llm.report import PruneReport
 from prune_llm.slices import with_parts
@@ -109,6 +110,7 @@ def finish(staging: Staging, report: PruneReport, seconds: float, directory: Pat
     if report.levels is not None:
         report.levels.output = report.output
         report.levels.save(directory / LEVELS_REPORT_FILE)
+    write_card(directory, report.model, report.output)
     staging.publish(directory)
 
 

@@ -66,7 +66,7 @@ def test_every_command_runs_in_order(workplace: Path) -> None:
             continue
         words = shlex.split(command)
         assert words[0] == "prune-llm", f"README shows a command that no test runs: {command}"
-        if words[1] == "serve":
+        if words[1] == "serve" or "--url" in words:
             continue  # runs until it is told to end: see below
         done = subprocess.run(
             [sys.executable, "-m", "prune_llm", *words[1:]],
@@ -111,8 +111,17 @@ def test_the_servers_client_gets_its_answer(workplace: Path) -> None:
                 capture_output=True,
                 text=True,
             )
+            (asking,) = [line for line in shell_commands() if "--url" in line]
+            scored = subprocess.run(
+                [sys.executable, "-m", "prune_llm", *shlex.split(asking.replace("8000", port))[1:]],
+                cwd=workplace,
+                capture_output=True,
+                text=True,
+            )
         finally:
             server.terminate()
+        assert scored.returncode == 0, scored.stderr
+        assert "skipping (served)" in scored.stdout
         assert done.returncode == 0, done.stderr
         assert len(done.stdout.split()) > 20
         assert server.wait(60) == 0

@@ -179,7 +179,7 @@ def compare_methods(
     base = Job.open(model, neediest, select_device(neediest.device), None, None)
     check_plan(base)
     windows_ST = text_windows(open_stored(base.checkpoint.directory), config.scoring)
-    _refuse_overlap(base.calibration, windows_ST, config.text)
+    refuse_overlap(base.calibration, windows_ST, config.text)
     with Journal(output, _settings(base, config, windows_ST)) as journal:
         run = _Run(base, config, windows_ST, journal, on_progress)
         try:
@@ -192,7 +192,8 @@ def compare_methods(
     return report
 
 
-def _refuse_overlap(calibration: Calibration | None, windows_ST: Tensor, text: str) -> None:
+def refuse_overlap(calibration: Calibration | None, windows_ST: Tensor, text: str) -> None:
+    """Raises ValueError for a text that repeats what pruning saw."""
     share = 0.0 if calibration is None else overlap(calibration.samples_ST, windows_ST)
     if share > OVERLAP:
         raise ValueError(
@@ -211,7 +212,7 @@ def _settings(base: Job, config: ComparisonConfig, windows_ST: Tensor) -> dict[s
     inputs = {
         "the model": base.hashing.result(),
         "the calibration text": calibration,
-        "the evaluation text": _sha256(windows_ST),
+        "the evaluation text": sha256_of(windows_ST),
     }
     return {
         "options": options,
@@ -220,7 +221,7 @@ def _settings(base: Job, config: ComparisonConfig, windows_ST: Tensor) -> dict[s
     }
 
 
-def _sha256(windows_ST: Tensor) -> str:
+def sha256_of(windows_ST: Tensor) -> str:
     return hashlib.sha256(windows_ST.numpy().tobytes()).hexdigest()
 
 
@@ -279,7 +280,7 @@ class _Run:
                 "source": self.config.text,
                 "windows": windows,
                 "seq_len": seq_len,
-                "sha256": _sha256(self.windows_ST),
+                "sha256": sha256_of(self.windows_ST),
             },
             rows=rows,
             knees=find_knees(rows, self.config.knee),

@@ -24,27 +24,23 @@ from torch import Tensor
 from prune_llm.activation.copying import copy_weights
 from prune_llm.activation.levels import DENSE, LevelTable
 from prune_llm.activation.search import TargetNotMet
-from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import LEAST_WINDOWS
+from prune_llm.card_facts import FRONTIER_FILE, LEVELS_REPORT_FILE
 from prune_llm.checkpoint import REPORT_FILE, locate
 from prune_llm.config import PruneConfig, select_device
-from prune_llm.decoder import new_decoder
-from prune_llm.generation import load_tokenizer
 from prune_llm.job import Progress
 from prune_llm.memory import return_freed_memory
+from prune_llm.model_card import write_card
 from prune_llm.prune import levels_of, prune_into
 from prune_llm.quality import load_to_measure, mean_nll, ppl_increase
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.staging import Staging
 from prune_llm.windows import Windows, draw_windows
-from prune_llm_eval.speed import OnProgress, check_context, time_plan
-
-FRONTIER_FILE = "frontier.json"
-# tokens decoded before the clock runs
-WARM_UP = 8
+from prune_llm_eval.speed import OnProgress, check_context
+from prune_llm_eval.turns import Decoding, decode_speed, in_turn, threads_of
 
 
 @dataclass(frozen=True)
@@ -78,12 +74,7 @@ class FrontierConfig:
                 raise ValueError(f"sparsities {share:g}: must be in [0, 1), such as 0.4")
             if 0 < share < 0.0001:
                 raise ValueError(f"sparsities {share:g}: is next to nothing; give at least 0.0001")
-        if self.tokens < 2:
-            raise ValueError(f"tokens {self.tokens}: must be at least 2, the first is the prompt's")
-        for name in ("context", "rounds", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
+        Decoding(self.context, self.tokens, self.rounds, self.threads)  # raises for a bad one
         levels_of(self.prune, self.levels)  # raises for what does not go together
 
     @property
@@ -204,6 +195,7 @@ def frontier(
         best = run.folder(run.report.best.sparsity)
         run.report.seconds = time.perf_counter() - started
         (best / FRONTIER_FILE).write_text(run.report.to_json())
+        write_card(best, run.model, output)
         staging.publish(best)
     return run.report
 
@@ -312,32 +304,22 @@ class _Run:
         rows = [index for index, row in enumerate(self.report.rows) if row.feasible]
         speeds: dict[int, list[float]] = {index: [] for index in rows}
         total = self.config.rounds * len(rows)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.config.threads or before)
-        try:
+        with threads_of(self.config.threads):
             for round_ in range(self.config.rounds):
-                for index in rows if round_ % 2 == 0 else reversed(rows):
+                for index in in_turn(rows, round_):
                     self.on_progress("timing", sum(map(len, speeds.values())), total)
                     speeds[index].append(self._speed(self.report.rows[index]))
-        finally:
-            torch.set_num_threads(before)
         for index, found in speeds.items():
             self.report.rows[index] = replace(self.report.rows[index], speeds=tuple(found))
         self.report.chosen = max(rows, key=lambda i: self.report.rows[i].tokens_per_second)
 
     def _speed(self, row: Combination) -> float:
         """Tokens per second behind a prompt of held-out text."""
-        from prune_llm.integration import load
-
-        config = self.config
-        return_freed_memory()
-        model = load(self.folder(row.sparsity)).eval()
-        tokenizer = load_tokenizer(model)
-        ids = self.windows.report_ST.flatten()[: config.context].tolist()
-        decoder = new_decoder(model, config.context + config.tokens, row.level)
-        self.report.decoder = decoder.name
-        time_plan(decoder, ids, min(WARM_UP, config.tokens), tokenizer)
-        return time_plan(decoder, ids, config.tokens, tokenizer)[1]
+        ids = self.windows.report_ST.flatten()[: self.config.context].tolist()
+        speed, self.report.decoder = decode_speed(
+            self.folder(row.sparsity), row.level, ids, self.config.tokens
+        )
+        return speed
 
 
 def _texts(windows: Windows) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,22 +27,18 @@ from lm_eval.api.metrics import mean
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from prune_llm.activation.levels import DENSE, LevelTable
-from prune_llm.calibration import load_tokenizer
 from prune_llm.config import select_device
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm_eval.harness import PruneLM
 from prune_llm_eval.paired import Paired, combine, compare_pairs, jackknife
+from prune_llm_eval.remote import Served, Server, connect
+from prune_llm_eval.shared_tokenizer import check_tokenizers
 from prune_llm_eval.task_loading import LoadedTasks, load_tasks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 OnModel = Callable[[str, int, int], None]
 # resamples for the few metrics whose standard error lm-eval bootstraps; its own default of 100,000
 # takes minutes
 BOOTSTRAP = 1000
-# tokenizers that differ nowhere here and have one vocabulary are taken for the same
-PROBE = "Once upon a time, in 1984, she said: “naïve café” -- x_1 = {a[0]};\n\t    İstanbul 漢字 🙂"
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class TaskConfig:
         limit: only the first so many documents of each task.
         include_path: a directory with further task files.
         levels: of the last model, each a model of its own; "dense" needs none.
+        server: a running one to evaluate instead of a local model.
     """
 
     tasks: tuple[str, ...]
@@ -64,6 +63,7 @@ class TaskConfig:
     levels: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
+    server: Server | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -119,30 +119,57 @@ class _Run:
 
 
 def evaluate_tasks(
-    model: str, against: str | None, config: TaskConfig, on_model: OnModel
+    model: str | None, against: str | None, config: TaskConfig, on_model: OnModel
 ) -> TaskReport:
     """Run tasks on ``against``, where given, then on ``model`` and on each of its levels.
 
+    Args:
+        model: None where ``config`` names a server, whose model is taken.
+
     Raises:
-        ValueError: models, levels or tasks that cannot be run, before anything is run.
+        ValueError: models, levels or tasks that cannot be run, before anything is run; a server
+            that is gone.
     """
     select_device(config.device)
-    names = [model] if against is None else [against, model]
+    names = [name for name in (against, model) if name is not None]
     checkpoints = [open_stored(name) for name in names]
-    _check_levels(model, checkpoints[-1], config.levels)
-    _check_tokenizers(names, checkpoints, config.apply_chat_template)
+    directories = [(name, c.directory) for name, c in zip(names, checkpoints, strict=True)]
+    served = None
+    if config.server is not None:
+        served = connect(config.server, config.apply_chat_template)
+        served.check_levels(config.levels)
+        if served.tokenizer is not None and not served.chat:
+            directories.append((str(config.server.tokenizer), served.tokenizer))
+    else:
+        _check_levels(names[-1], checkpoints[-1], config.levels)
+    check_tokenizers(directories, config.apply_chat_template)
     loaded = load_tasks(config.tasks, config.include_path)
+    if served is not None:
+        kinds = {name: task.OUTPUT_TYPE for name, task in loaded.tasks.items()}
+        served.check_tasks(kinds, config.levels)
+        served.check_tokenizer()
+    return _evaluate(directories[: len(names)], served, loaded, config, on_model)
+
+
+def _evaluate(
+    local: Sequence[tuple[str, Path]],
+    served: Served | None,
+    loaded: LoadedTasks,
+    config: TaskConfig,
+    on_model: OnModel,
+) -> TaskReport:
+    """Everything is checked: the local models, then the served one; levels are the last one's."""
+    subjects: list[tuple[str, Callable[[], Any]]] = [
+        (name, partial(_open, directory, config)) for name, directory in local
+    ]
+    if served is not None:
+        subjects.append((f"{served.model} (served)", partial(served.open, config.batch_size)))
     runs: list[_Run] = []
     skipped: dict[str, float] = {}
-    total = len(names) + len(config.levels)
-    for place, (name, checkpoint) in enumerate(zip(names, checkpoints, strict=True)):
-        lm = PruneLM(
-            str(checkpoint.directory),
-            batch_size=config.batch_size,
-            device=config.device,
-            dtype=config.dtype,
-        )
-        levels = config.levels if place == len(names) - 1 else ()
+    total = len(subjects) + len(config.levels)
+    for place, (name, open_) in enumerate(subjects):
+        lm = open_()
+        levels = config.levels if place == len(subjects) - 1 else ()
         for label, level in [(name, DENSE), *((f"level {level}", level) for level in levels)]:
             on_model(label, len(runs), total)
             lm.use_level(level)
@@ -151,8 +178,14 @@ def evaluate_tasks(
                 skipped[label] = lm.gates.sparsity
         del lm  # before the next one is loaded
     rows = _task_rows(runs, loaded) + _group_rows(runs, loaded)
-    notes = _notes(runs, config)
+    notes = _notes(runs, config) + ([] if served is None else served.notes(config.levels))
     return TaskReport(rows, [run.model for run in runs], skipped, notes, version("lm-eval"))
+
+
+def _open(directory: Path, config: TaskConfig) -> PruneLM:
+    return PruneLM(
+        str(directory), batch_size=config.batch_size, device=config.device, dtype=config.dtype
+    )
 
 
 def _check_levels(model: str, checkpoint: SparseCheckpoint, levels: Sequence[str]) -> None:
@@ -167,38 +200,7 @@ def _check_levels(model: str, checkpoint: SparseCheckpoint, levels: Sequence[str
             )
 
 
-def _check_tokenizers(
-    names: Sequence[str], checkpoints: Sequence[SparseCheckpoint], chat: bool
-) -> None:
-    tokenizers = [load_tokenizer(checkpoint.directory) for checkpoint in checkpoints]
-    for name, tokenizer in zip(names, tokenizers, strict=True):
-        if chat and not tokenizer.chat_template:
-            raise ValueError(f"apply_chat_template: the tokenizer of {name!r} has no chat template")
-    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
-        different = _difference(tokenizers[0], tokenizer, chat)
-        if different is not None:
-            raise ValueError(
-                f"{names[0]!r} and {name!r} have different tokenizers ({different}); compare "
-                "models that share a tokenizer"
-            )
-
-
-def _difference(
-    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, chat: bool
-) -> str | None:
-    if first.get_vocab() != second.get_vocab():
-        return f"vocabularies of {len(first)} and {len(second)} tokens, not the same ones"
-    if first.encode(PROBE) != second.encode(PROBE):
-        return "the same text becomes different tokens"
-    for token in ("bos_token_id", "eos_token_id"):
-        if getattr(first, token) != getattr(second, token):
-            return f"{token} {getattr(first, token)} and {getattr(second, token)}"
-    if chat and first.chat_template != second.chat_template:
-        return "their chat templates"
-    return None
-
-
-def _run(label: str, lm: PruneLM, loaded: LoadedTasks, config: TaskConfig) -> _Run:
+def _run(label: str, lm: Any, loaded: LoadedTasks, config: TaskConfig) -> _Run:
     _prepare(loaded, config)
     with _count_truncations() as truncated:
         try:

@@ -241,9 +241,13 @@ def _job(base: Job, config: PruneConfig) -> Job:
     return own
 
 
-def check_plan(base: Job) -> None:
-    """Raises ValueError where no linear is left to prune, or an override matches none."""
-    config = replace(base.config, allocation="uniform")
+def check_plan(base: Job, config: PruneConfig | None = None) -> None:
+    """Raises ValueError where no linear is left to prune, or an override matches none.
+
+    Args:
+        config: of one variant; None: the run's own.
+    """
+    config = replace(config or base.config, allocation="uniform")
     if not _job(base, config).plan.patterns:
         raise ValueError(
             "nothing to prune: every linear of every block is ignored "

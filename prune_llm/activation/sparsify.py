@@ -21,12 +21,14 @@ from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.texts import Texts, read_texts
 from prune_llm.architecture import RUN_DTYPES, text_width
 from prune_llm.calibration import BUNDLED, Source, check_seq_len, load_tokenizer
+from prune_llm.card_facts import LEVELS_REPORT_FILE as REPORT_FILE
+from prune_llm.card_facts import copy_measured
+from prune_llm.model_card import write_card
 from prune_llm.quality import check_max_ppl_increase, load_to_measure, ppl_increase
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.staging import Staging
 
-REPORT_FILE = "activation_report.json"
 DEFAULT_SPARSITIES = (0.25, 0.4, 0.5)
 # negative log likelihoods by text: "search", "held_out" and, where there is one, "other"
 Base = Mapping[str, float]
@@ -168,6 +170,8 @@ def sparsify(
         report.model, report.output = str(source.directory), str(output)
         report.seconds = time.perf_counter() - started
         report.save(staging.directory / REPORT_FILE)
+        copy_measured(source.directory, staging.directory)
+        write_card(staging.directory, source.directory, output)
         staging.publish()
     return report
 

@@ -24,7 +24,8 @@ import prune_llm
 from prune_llm import PruneConfig, prune
 from prune_llm import architecture as arch
 from prune_llm import blocks as blocks_module
-from prune_llm.blocks import Block, Walk, hidden_of
+from prune_llm.block import Block
+from prune_llm.blocks import Walk
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import without_index
@@ -32,6 +33,7 @@ from prune_llm.report import PruneReport
 from prune_llm.sparse_checkpoint import open_sparse
 from prune_llm.sparse_experts import packed_weights
 from prune_llm.statistics import Needs
+from prune_llm.streams import hidden_of
 from prune_llm_kernels import dispatch
 
 METHODS = {"magnitude": "0.5", "wanda": "2:4", "sparsegpt": "0.5"}

@@ -151,6 +151,8 @@ def test_a_target_finds_the_sparsity(tales: Path, tmp_path: Path) -> None:
     assert again.search == search and tensors(tmp_path / "again") == tensors(tmp_path / "out")
     saved = json.loads((tmp_path / "out" / "prune_report.json").read_text())
     assert saved["search"] == search and saved["config"]["pattern"] == pattern
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"allows: {search['ppl_increase']['held_out']:+.2%} on 1 windows" in card
 
 
 def test_a_target_and_levels_together(cli: Cli, tales: Path, tmp_path: Path) -> None:

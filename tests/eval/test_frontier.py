@@ -68,6 +68,9 @@ def test_the_fastest_combination_is_written(
     assert saved["chosen"] == 3 and saved["rows"][3]["tokens_per_second"] == 15.0
     assert saved["rows"][4]["tokens_per_second"] is None and saved["untried"] == [0.95]
     assert (tmp_path / "out" / "prune_report.json").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The fastest of 5 combinations within 20% more perplexity, at level ppl-20%" in card
+    assert "15.0 tokens/s, the dense model 10.0" in card and "serve out " in card
     assert prune_llm.info(tmp_path / "out", verify=True).levels == ["ppl-20%"]
     saved = json.loads((tmp_path / "out" / "activation_report.json").read_text())
     assert saved["output"] == str(tmp_path / "out") and saved["model"] == str(model_path())

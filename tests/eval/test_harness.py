@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tomllib
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from tiny_models import save_tokenizer
 
@@ -22,9 +26,10 @@ from prune_llm.activation.gates import Gates
 from prune_llm.activation.sites import table_sites
 from prune_llm.activation.sparsify import SparsifyConfig, sparsify
 from prune_llm_eval import task_loading
-from prune_llm_eval.harness import PruneLM, first_tokens
+from prune_llm_eval.harness import MODEL_NAME, PruneLM, first_tokens
 from prune_llm_eval.paired import Paired, combine, compare_pairs, jackknife
 from prune_llm_eval.perplexity import token_perplexity
+from prune_llm_eval.task_values import task_values
 from prune_llm_eval.tasks import TaskConfig, TaskReport, evaluate_tasks
 
 Cli = Callable[..., Any]
@@ -152,6 +157,15 @@ def test_dequantized_gives_exactly_the_numbers_of_the_export(
     assert responses(ours) == responses(own[1])
     assert ours["results"] == own[1]["results"]
     assert ours["config"]["prune_llm_level"] == "dense"
+
+
+def test_lm_eval_versions_with_entry_points_find_our_model() -> None:
+    """Those after 0.4.13 read this group; what is declared must load, and bear the name's class."""
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["entry-points"]
+    (name, value), *rest = declared["lm_eval.models"].items()
+    assert (name, rest) == (MODEL_NAME, [])
+    assert EntryPoint(name, value, "lm_eval.models").load() is PruneLM is get_model(MODEL_NAME)
 
 
 def test_packed_gives_the_numbers_of_the_export(
@@ -335,6 +349,35 @@ def test_the_command_prints_and_writes(cli: Cli, packed: Path, tasks: Path, tmp_
     assert found["rows"][-1]["paired"].keys() == {
         "difference", "stderr", "changed", "better", "significant"
     }  # fmt: skip
+
+
+def test_values_go_into_the_card(cli: Cli, packed: Path, tasks: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    directory = Path(shutil.copytree(packed, tmp_path / "packed"))
+    result = cli(
+        "eval", directory, "--tasks", "my_choice", "--include-path", tasks, "--limit", 4,
+        "--level", "30%", "--json", tmp_path / "rows.json", "--update-card",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    card = ModelCard.load(directory / "README.md", ignore_metadata_errors=False)
+    assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [
+        (f"{row['metric']}{', level 30%' if row['model'] == 'level 30%' else ''}", row["value"])
+        for row in rows
+    ]
+    assert "Only the first 4 documents" in card.text
+
+
+def test_a_sweep_takes_the_same_values(packed: Path, tasks: Path) -> None:
+    settings = {"tasks": ("my_choice",), "include_path": str(tasks), "device": "cpu"}
+    found = task_values(packed, ("30%",), settings)
+    config = TaskConfig(("my_choice",), include_path=str(tasks), levels=("30%",), device="cpu")
+    report = evaluate_tasks(str(packed), None, config, lambda *_: None)
+    for row in report.rows:
+        level = "30%" if row.model == "level 30%" else "dense"
+        assert found[level][f"my_choice {row.metric}"] == (row.value, row.stderr)
+    assert [len(values) for values in found.values()] == [2, 2]
 
 
 def test_what_lm_eval_does_in_silence_is_said(packed: Path, tmp_path: Path) -> None:
