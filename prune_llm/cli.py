@@ -22,6 +22,7 @@ from prune_llm.cli_compare import compare_command
 from prune_llm.cli_eval import eval_command
 from prune_llm.cli_frontier import frontier_command
 from prune_llm.cli_prune import prune_command
+from prune_llm.cli_report import report_command
 from prune_llm.cli_serve import serve_command
 from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_tables import print_info
@@ -96,6 +97,7 @@ main.add_command(eval_command)
 main.add_command(sparsify_command)
 main.add_command(frontier_command)
 main.add_command(compare_command)
+main.add_command(report_command)
 main.add_command(serve_command)
 
 
