@@ -115,7 +115,11 @@ def open_page(profile: Path) -> Iterator[Page]:
     ) as server:
         try:
             assert server.stdout is not None
-            port = next(m[1] for line in server.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+            port = next(
+                m[1]
+                for line in server.stdout
+                if (m := re.search(r"successfully on port (\d+)", line))
+            )
             with httpx.Client(base_url=f"http://127.0.0.1:{port}/", timeout=WANTED) as client:
                 wanted = {"capabilities": {"alwaysMatch": capabilities}}
                 answer = client.post("session", json=wanted)

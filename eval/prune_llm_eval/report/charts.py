@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from prune_llm_eval.report.drawing import WIDTH, Axis, picture, tag, text
 
-LEFT, RIGHT, TOP, BOTTOM = 62.0, WIDTH - 16.0, 14.0, 254.0
-HEIGHT = 300
+LEFT, RIGHT, TOP, BOTTOM = 74.0, WIDTH - 14.0, 14.0, 234.0
+HEIGHT = 280
 RADIUS = 4.5
+# between series that stand at one place
+SIDE = 6.0
 # the names of classes for series beyond dense, model and transformers
 SLOTS = ("a", "b", "c", "d", "e", "f")
 ROW, MOST_ROW_NUMBERS = 24.0, 40
@@ -49,7 +51,10 @@ def plot(
     if baseline is not None:
         at = y(baseline)
         inside.append(tag("line", x1=LEFT, x2=RIGHT, y1=at, y2=at, class_="baseline"))
-    inside += [_series(one, x, y) for one in series]
+    # side by side where lines share their places, so that no spread hides another
+    step = SIDE if any(mark.low is not None for one in series for mark in one.marks) else 0.0
+    for place, one in enumerate(series):
+        inside.append(_series(one, x, y, (place - (len(series) - 1) / 2) * step))
     return picture(HEIGHT, title, description, *inside)
 
 
@@ -78,16 +83,16 @@ def grid(x: Axis, y: Axis) -> str:
     return tag("g", *drawn)
 
 
-def _series(series: Series, x: Axis, y: Axis) -> str:
+def _series(series: Series, x: Axis, y: Axis, aside: float) -> str:
     marks = sorted(series.marks, key=lambda mark: mark.x)
     drawn = []
     if series.line and len(marks) > 1:
-        points = " ".join(f"{x(mark.x):.2f},{y(mark.y):.2f}" for mark in marks)
+        points = " ".join(f"{x(mark.x) + aside:.2f},{y(mark.y):.2f}" for mark in marks)
         drawn.append(tag("polyline", points=points, class_="line"))
     for mark in marks:
         if mark.low is not None and mark.high is not None:
-            drawn.append(_whisker(x(mark.x), y(mark.low), y(mark.high)))
-        drawn.append(marker(series.slot, x(mark.x), y(mark.y), mark.label))
+            drawn.append(_whisker(x(mark.x) + aside, y(mark.low), y(mark.high)))
+        drawn.append(marker(series.slot, x(mark.x) + aside, y(mark.y), mark.label))
     return tag("g", *drawn, class_=f"series s-{series.slot}")
 
 
@@ -120,6 +125,41 @@ def marker(slot: str, x: float, y: float, label: str | None = None, size: float 
 
 
 @dataclass(frozen=True)
+class Bar:
+    """``number``: its value as it is written behind it."""
+
+    group: str
+    slot: str
+    value: float
+    number: str
+    label: str
+
+
+def bars(found: Sequence[Bar], title: str, description: str) -> str:
+    """Bars from left to right, those of a group beneath its name, each group on its own scale."""
+    drawn = []
+    y = 4.0
+    for group in dict.fromkeys(bar.group for bar in found):
+        own = [bar for bar in found if bar.group == group]
+        most = max(bar.value for bar in own) or 1.0
+        drawn.append(tag("text", text(group), x=2, y=y + 14, class_="name"))
+        y += 22
+        for bar in own:
+            drawn.append(_bar(bar, y, bar.value / most))
+            y += 24
+        y += 12
+    return picture(y, title, description, *drawn)
+
+
+def _bar(bar: Bar, y: float, share: float) -> str:
+    length = max(1.0, share * (WIDTH - 90))
+    about = tag("title", text(bar.label))
+    shape = tag("rect", about, x=2, y=y, width=length, height=18, rx=3, class_="mark")
+    number = tag("text", text(bar.number), x=length + 10, y=y + 13.5, class_="tick")
+    return tag("g", shape, number, class_=f"series s-{bar.slot}")
+
+
+@dataclass(frozen=True)
 class Cell:
     """``share``: of the colour scale, 0 to 1; None: there is nothing to show."""
 
@@ -147,7 +187,7 @@ def heatmap(
     left, top = 46.0, 40.0
     few = len(rows) <= MOST_ROW_NUMBERS
     row_height = ROW if few else 12.0
-    width = (RIGHT + 8 - left) / len(columns)
+    width = (RIGHT + 12 - left) / len(columns)
     x = {name: left + place * width for place, name in enumerate(columns)}
     y = {name: top + place * row_height for place, name in enumerate(rows)}
     height = top + len(rows) * row_height

@@ -1,7 +1,7 @@
 """Elements of a picture or page as text, axes, and what a picture consists of.
 
 Colours are CSS classes that the page defines for light and dark; nothing here names a colour.
-Lengths are units of a picture 460 wide, which a phone shows nearly at their size.
+Lengths are units of a picture 400 wide, which a phone shows nearly at their size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH = 460
+WIDTH = 400
 Labelled = tuple[float, str]
 
 

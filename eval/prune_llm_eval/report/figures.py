@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,11 @@ from prune_llm_eval.report.charts import (
     RIGHT,
     SLOTS,
     TOP,
+    Bar,
     Cell,
     Mark,
     Series,
+    bars,
     heatmap,
     plot,
 )
@@ -28,10 +31,11 @@ from prune_llm_eval.report.notation import (
     percent,
     seconds,
     signed,
+    size,
     times,
 )
-from prune_llm_eval.report.points import own_points
-from prune_llm_eval.report.tables import Table, display
+from prune_llm_eval.report.points import display, own_points, size_row, speed_row
+from prune_llm_eval.report.tables import Table
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def figures(report: dict[str, Any]) -> list[Figure]:
             decode_by_batch,
             decode_by_context,
             prompt_by_context,
+            size_figure,
             sparsity_map,
             error_map,
             inputs_map,
@@ -149,7 +154,9 @@ def frontier_figure(report: dict[str, Any]) -> Figure | None:
     series = tuple(Series(one.name, one.slot, one.marks, line=False) for one in series)
     load = "" if report["speed"] is None else _load_words(report["speed"]["loads"][0])
     best = max(points, key=lambda p: p["speed_ratio"])
-    title = f"Fastest: {_named(report, best['label'])}, {times(best['speed_ratio'])} dense"
+    title = "Nothing is faster than the dense model here"
+    if best["speed_ratio"] > 1:
+        title = f"Fastest: {_named(report, best['label'])}, {times(best['speed_ratio'])} dense"
     about = (
         f"Perplexity (logarithmic) over the speed of decoding{load}; lower and further right is "
         "better."
@@ -329,6 +336,38 @@ def _rate_table(
     return Table(columns, tuple(rows))
 
 
+# -- size ----------------------------------------------------------------------------------------
+
+
+def size_figure(report: dict[str, Any]) -> Figure:
+    """Bytes on disk, in memory and, where they were counted, read for a token."""
+    found = []
+    for role in ("dense", "model"):
+        row, timed = size_row(report, role), speed_row(report, role)
+        memory, read = row["memory"], None if timed is None else timed["bytes_per_token"]
+        values = {"on disk": row["disk"], "weights in memory": (memory or {}).get("weights")}
+        if read is not None:
+            values[f"read for a token,{_load_words(report['speed']['loads'][0])[3:]}"] = read
+        name = display(report, role)
+        found += [
+            Bar(group, role, value, size(value), f"{name}, {group}: {size(value)}")
+            for group, value in values.items()
+            if value is not None
+        ]
+    groups = dict.fromkeys(bar.group for bar in found)
+    found.sort(key=lambda bar: list(groups).index(bar.group))
+    before, after = (size_row(report, role)["disk"] for role in ("dense", "model"))
+    title = f"{signed(after / before - 1, 0)} on disk"
+    about = "Bytes of both models; each group of bars has its own scale."
+    series = tuple(Series(display(report, role), role, ()) for role in ("dense", "model"))
+    rows = tuple((bar.group, bar.label.split(",")[0], bar.number) for bar in found)
+    svg = bars(found, title, about)
+    return Figure("size", title, about, svg, len(found), Table(("", "", "bytes"), rows), series)
+
+
+# "model.layers.3.mlp.down_proj" -> 3, "mlp.down_proj"
+BLOCK_LINEAR = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
 # -- heatmaps ----------------------------------------------------------------------------------
 
 
@@ -368,7 +407,7 @@ def inputs_map(report: dict[str, Any]) -> Figure | None:
     if not levels:
         return None
     row = levels[-1]
-    values = list(_site_values(row["site_sparsity"]))
+    values = list(_site_values(row["site_sparsity"], report["model"]["sites"]))
     if not values:
         return None
     shares = [value for _, _, value in values]
@@ -378,13 +417,16 @@ def inputs_map(report: dict[str, Any]) -> Figure | None:
     return _map("inputs", title, about, values, (0.0, high), lambda v: percent(v, 0))
 
 
-def _site_values(shares: dict[str, float]) -> Iterator[tuple[int, str, float]]:
-    """ "model.layers.3.mlp.down_proj" -> 3, "mlp.down_proj"."""
+def _site_values(
+    shares: dict[str, float], sites: dict[str, list[str]]
+) -> Iterator[tuple[int, str, float]]:
+    """Block, the linears that share the input, as "q k v", and the share."""
     for name, share in shares.items():
-        parts = name.split(".")
-        places = [place for place, part in enumerate(parts) if part.isdigit()]
-        if places:
-            yield int(parts[places[0]]), ".".join(parts[places[0] + 1 :]), share
+        places = [BLOCK_LINEAR.search(linear) for linear in sites.get(name, [name])]
+        kinds = [place[2] for place in places if place is not None]
+        if places[0] is not None and kinds:
+            short = short_names(kinds)
+            yield int(places[0][1]), " ".join(short[kind] for kind in kinds), share
 
 
 def _map(
@@ -399,6 +441,7 @@ def _map(
     blocks = sorted({block for block, _, _ in values})
     names = short_names(kinds)
     low, high = span
+    what = "input of" if id == "inputs" else "linear"
     cells = [
         Cell(
             str(block),
@@ -414,7 +457,7 @@ def _map(
         [str(block) for block in blocks],
         columns,
         cells,
-        ("block", "linear"),
+        ("block", what),
         (show(low), show(high)),
         title,
         about,

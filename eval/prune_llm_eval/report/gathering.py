@@ -134,6 +134,13 @@ def level_names(checkpoint: SparseCheckpoint) -> list[str]:
     return LevelTable.from_json(settings).names[1:] if settings else []
 
 
+def _sites(checkpoint: SparseCheckpoint) -> dict[str, list[str]]:
+    """The linears that share an input whose size a level looks at, by its name."""
+    settings = checkpoint.form.activation
+    sites = LevelTable.from_json(settings).sites if settings else ()
+    return {site.name: list(site.linears) for site in sites}
+
+
 def _about(checkpoint: SparseCheckpoint, given: str, levels: list[str]) -> dict[str, Any]:
     sparse = is_sparse(checkpoint.config)
     stored = dict(checkpoint.plain)
@@ -147,6 +154,7 @@ def _about(checkpoint: SparseCheckpoint, given: str, levels: list[str]) -> dict[
         "form": "sparse" if sparse else "dense",
         "pattern": checkpoint.form.pattern if sparse else None,
         "levels": levels,
+        "sites": _sites(checkpoint),
         "weights": checkpoint.elements,
         "stored_as": dtypes,
         "context": checkpoint.config.get("max_position_embeddings"),

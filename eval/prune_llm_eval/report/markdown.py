@@ -10,10 +10,9 @@ from typing import Any
 from prune_llm_eval.report.notation import clean, number, percent
 from prune_llm_eval.report.page import target_sentence
 from prune_llm_eval.report.passages import flips, whole_tokens
-from prune_llm_eval.report.points import name_of
+from prune_llm_eval.report.points import display, name_of
 from prune_llm_eval.report.tables import (
     Table,
-    display,
     forgotten_tables,
     kind_table,
     provenance_table,

@@ -5,21 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from prune_llm.cli_tables import size
-
-__all__ = [
-    "clean",
-    "finite",
-    "number",
-    "per_second",
-    "percent",
-    "seconds",
-    "signed",
-    "size",
-    "times",
-]
+from prune_llm import cli_tables
 
 UNKNOWN = "–"
+# between a number and its unit, where no line may break
+SPACE = "\u00a0"
 MINUS = "−"
 
 
@@ -46,7 +36,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """A fraction as percent."""
-    return UNKNOWN if share is None else f"{100 * share:.{digits}f} %"
+    return UNKNOWN if share is None else f"{100 * share:.{digits}f}{SPACE}%"
 
 
 def signed(share: float | None, digits: int = 1) -> str:
@@ -55,7 +45,7 @@ def signed(share: float | None, digits: int = 1) -> str:
         return UNKNOWN
     if share > 9:
         return f"×{number(1 + share, 3)}"
-    text = f"{100 * share:+.{digits}f} %"
+    text = f"{100 * share:+.{digits}f}{SPACE}%"
     return text.replace("-", MINUS)
 
 
@@ -69,8 +59,13 @@ def seconds(value: float | None) -> str:
         return UNKNOWN
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if value * factor >= 1:
-            return f"{number(value * factor, 3)} {unit}"
-    return f"{number(value * 1e6, 3)} µs"
+            return f"{number(value * factor, 3)}{SPACE}{unit}"
+    return f"{number(value * 1e6, 3)}{SPACE}µs"
+
+
+def size(nbytes: float) -> str:
+    """In decimal units."""
+    return cli_tables.size(nbytes).replace(" ", SPACE)
 
 
 def per_second(value: float | None) -> str:

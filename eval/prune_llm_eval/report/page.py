@@ -10,11 +10,10 @@ from prune_llm_eval.report.drawing import tag, text
 from prune_llm_eval.report.figures import Figure, figures
 from prune_llm_eval.report.notation import clean, number, percent
 from prune_llm_eval.report.passages import Flip, flips, whole_tokens
-from prune_llm_eval.report.points import name_of
+from prune_llm_eval.report.points import display, name_of
 from prune_llm_eval.report.style import STYLE
 from prune_llm_eval.report.tables import (
     Table,
-    display,
     forgotten_tables,
     kind_table,
     provenance_table,
@@ -28,7 +27,7 @@ from prune_llm_eval.report.tables import (
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Quality": ("quality", "frontier"),
-    "Speed": ("decode-batch", "decode-context", "prompt-context"),
+    "Speed and size": ("decode-batch", "decode-context", "prompt-context", "size"),
     "Sparsity": ("sparsity", "error", "inputs"),
 }
 
@@ -139,9 +138,8 @@ def _sections(report: dict[str, Any], drawn: dict[str, Figure]) -> Iterator[tupl
         yield "What it forgot", list(_forgotten(report))
     if report["tasks"] is not None:
         yield "Tasks", [table(task_table(report))]
-    if report["speed"] is not None:
-        yield "Speed", [*pictures["Speed"], table(speed_table(report))]
-    yield "Size", [table(size_table(report))]
+    timed = [] if report["speed"] is None else [table(speed_table(report))]
+    yield "Speed and size", [*pictures["Speed and size"], *timed, table(size_table(report))]
     yield "Sparsity", [*pictures["Sparsity"], table(kind_table(report))]
     if report["missing"]:
         sentences = [f"{one['what']}: {one['how']}" for one in report["missing"]]

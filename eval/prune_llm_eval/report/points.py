@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from prune_llm_eval.report.notation import clean
+
 
 def own_points(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The dense model, where there is one, the model and its levels.
@@ -37,6 +39,16 @@ def own_points(report: dict[str, Any]) -> list[dict[str, Any]]:
 def name_of(row: dict[str, Any]) -> str:
     """Of a row of quality: dense, model or "level NAME"."""
     return f"level {row['level']}" if row["role"] == "level" else str(row["role"])
+
+
+def display(report: dict[str, Any], name: str) -> str:
+    """What a reader calls it: the models by their names."""
+    if name == "model":
+        return clean(str(report["model"]["name"]))
+    if name == "dense":
+        against = report["against"]
+        return "dense" if against is None else f"{clean(str(against['name']))} (dense)"
+    return "transformers, dense" if name == "transformers" else clean(name)
 
 
 def quality_row(report: dict[str, Any], name: str) -> dict[str, Any] | None:

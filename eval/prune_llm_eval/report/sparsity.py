@@ -25,14 +25,20 @@ def stored_linears(
     ``sparsity`` counts zeros as stored; ``asked`` and ``error`` are those of prune_report.json,
     None for linears that it does not know.
     """
-    reported = {entry["tensor"]: entry for entry in prune_report.get("linears", [])}
+    told = prune_report.get("linears", [])
+    reported = {entry["tensor"]: entry for entry in told}
+    kinds = list(dict.fromkeys(without_index(entry["kind"]) for entry in told))
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for name, weights, zeros in _counted(checkpoint):
         place = BLOCK_WEIGHT.search(name)
         if place is not None:
             entry = {"weights": weights, "zeros": zeros, "report": reported.get(name)}
             found.setdefault((int(place[1]), without_index(place[2])), []).append(entry)
-    return [_linear(block, kind, entries) for (block, kind), entries in sorted(found.items())]
+    # as they come in a block, where pruning told
+    order = {kind: place for place, kind in enumerate([*kinds, *sorted(k for _, k in found)])}
+    order |= {kind: place for place, kind in enumerate(kinds)}
+    places = sorted(found, key=lambda place: (place[0], order[place[1]]))
+    return [_linear(*place, found[place]) for place in places]
 
 
 def _counted(checkpoint: SparseCheckpoint) -> Iterator[tuple[str, int, int]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, int, int], None]
 DEFAULT_CONTEXTS = (16, 128, 512)
-DENSE, MODEL = "dense", "model"
+DENSE, MODEL, TRANSFORMERS = "dense", "model", "transformers"
 # rounds that must agree before anything is called faster or slower
 LEAST_ROUNDS = 3
 
@@ -70,7 +70,7 @@ def speed_section(
         # another copy: the first level puts the weights into another order, for good
         ordered = load(model).eval()
         variants += [Variant(f"level {level}", ordered, level) for level in levels]
-    variants.append(Variant("transformers", dense, GENERATE))
+    variants.append(Variant(TRANSFORMERS, dense, GENERATE))
     buffer = torch.ones(speed.BANDWIDTH_BYTES // 8, dtype=torch.int64)
     loads = config.loads(contexts)
     measured = measure_throughput(variants, loads, config, buffer, on_progress)
@@ -123,17 +123,22 @@ def tell(measured: Throughput) -> list[dict[str, Any]]:
 
 def _tell_load(measured: Throughput, load: Load) -> dict[str, Any]:
     timings = [timing for timing in measured.timings if timing.load == load]
-    dense = next(timing for timing in timings if timing.variant == DENSE)
+    baselines = {
+        name: next(timing for timing in timings if timing.variant == name)
+        for name in (DENSE, TRANSFORMERS)
+    }
     bandwidth = measured.bandwidth[load]
     return {
         "context": load.context,
         "batch": load.batch,
         "bandwidth": spread(bandwidth),
-        "rows": [_tell_timing(timing, dense, bandwidth) for timing in timings],
+        "rows": [_tell_timing(timing, baselines, bandwidth) for timing in timings],
     }
 
 
-def _tell_timing(timing: Timing, dense: Timing, bandwidth: Sequence[float]) -> dict[str, Any]:
+def _tell_timing(
+    timing: Timing, baselines: dict[str, Timing], bandwidth: Sequence[float]
+) -> dict[str, Any]:
     """Seconds and rates of a variant, and how they compare with the baseline round by round."""
     load, nbytes = timing.load, timing.step_bytes
     row: dict[str, Any] = {
@@ -149,13 +154,17 @@ def _tell_timing(timing: Timing, dense: Timing, bandwidth: Sequence[float]) -> d
         "bandwidth_share": None,
         "decode_gain": None,
         "prompt_gain": None,
+        "transformers_gain": None,
     }
     if nbytes is not None:
         shares = [nbytes / s / b for s, b in zip(timing.step, bandwidth, strict=True)]
         row["bandwidth_share"] = spread(shares)
+    dense, transformers = baselines[DENSE], baselines[TRANSFORMERS]
     if timing is not dense:
         row["decode_gain"] = gain(dense.step, timing.step)
         row["prompt_gain"] = gain(dense.first, timing.first)
+    if timing is not transformers:
+        row["transformers_gain"] = gain(transformers.step, timing.step)
     return row
 
 

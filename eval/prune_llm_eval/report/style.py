@@ -36,10 +36,11 @@ p{margin:8px 0}
 .note,figcaption span{font-size:.86rem}
 a{color:var(--accent)}
 nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:16px 0 0;font-size:.92rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:12px;
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:12px;
 margin:22px 0 10px;padding:0;list-style:none}
 .cards li{background:var(--panel);border:1px solid var(--rule);border-radius:10px;
 padding:12px 14px}
+.cards .label,.cards .detail{display:block}
 .cards .label{font-size:.82rem;color:var(--soft)}
 .cards strong{display:block;font-size:1.55rem;line-height:1.3;font-weight:650;
 font-variant-numeric:tabular-nums}
@@ -51,7 +52,7 @@ font-variant-numeric:tabular-nums}
 .verdict h3{margin:16px 0 4px}
 .verdict ul,.warnings,.missing{margin:0;padding-left:1.15em}
 .verdict li,.warnings li,.missing li{margin:5px 0;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:20px;
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:20px;
 align-items:start;margin-top:14px}
 figure{margin:0;background:var(--panel);border:1px solid var(--rule);border-radius:10px;
 padding:14px 14px 10px;min-width:0}
@@ -62,9 +63,8 @@ font-size:.86rem}
 .legend li{display:flex;align-items:center;gap:6px;min-width:0;overflow-wrap:anywhere}
 .legend svg{width:18px;height:14px;flex:none}
 .picture{display:block;width:100%;height:auto;margin-top:6px;overflow:visible}
-.picture text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--ink)}
-.picture .tick{fill:var(--soft);font-size:12px}
-.picture .name{font-size:12.5px}
+.picture text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:var(--ink)}
+.picture .tick{fill:var(--soft)}
 .grid{stroke:var(--grid)}
 .axis{stroke:var(--soft)}
 .baseline{stroke:var(--dense);stroke-dasharray:5 4;stroke-width:1.3}
@@ -77,7 +77,7 @@ font-size:.86rem}
 .s-d{color:var(--d)}.s-e{color:var(--e)}.s-f{color:var(--f)}
 .cell{fill:color-mix(in srgb,var(--heat) var(--share),var(--heat0))}
 .cell.empty{fill:var(--empty)}
-.picture .number{font-size:11px;pointer-events:none;font-variant-numeric:tabular-nums}
+.picture .number{font-size:12px;pointer-events:none;font-variant-numeric:tabular-nums}
 .picture .strong{fill:var(--on-heat)}
 .scroll{overflow-x:auto;margin:10px 0;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;width:100%}
@@ -102,6 +102,7 @@ text-underline-offset:4px;border-radius:3px}
 .flips b{color:var(--ink);font-weight:600}
 .key{font-size:.86rem;color:var(--soft)}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+@media (min-width:900px){.picture text{font-size:11px}.picture .number{font-size:10px}}
 @media (max-width:520px){main{padding:20px 14px 48px}h1{font-size:1.5rem}
 .cards{grid-template-columns:repeat(2,1fr);gap:8px}.cards strong{font-size:1.3rem}
 .cards li{padding:10px 11px}figure{padding:12px 8px 8px}figcaption,.legend{padding:0 4px}

@@ -17,7 +17,7 @@ from prune_llm_eval.report.notation import (
     size,
     times,
 )
-from prune_llm_eval.report.points import name_of
+from prune_llm_eval.report.points import display, name_of
 from prune_llm_eval.report.verdict import significant
 
 HURT_SHOWN = 12
@@ -30,16 +30,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-
-
-def display(report: dict[str, Any], name: str) -> str:
-    """What a reader calls it: the models by their names."""
-    if name == "model":
-        return clean(str(report["model"]["name"]))
-    if name == "dense":
-        against = report["against"]
-        return "dense" if against is None else f"{clean(str(against['name']))} (dense)"
-    return "transformers, dense" if name == "transformers" else clean(name)
 
 
 def quality_table(report: dict[str, Any]) -> Table:
@@ -199,19 +189,22 @@ def speed_table(report: dict[str, Any]) -> Table:
     """Medians of the rounds, the spread of what is compared."""
     rows = []
     for load in report["speed"]["loads"]:
-        under = (str(load["context"]), str(load["batch"]))
-        rows += [(*under, *_speed_cells(report, row)) for row in load["rows"]]
+        under = (str(load["batch"]), str(load["context"]))
+        for row in load["rows"]:
+            name, *cells = _speed_cells(report, row)
+            rows.append((name, *under, *cells))
     about = report["speed"]
     config = about["config"]
     note = (
-        f"Medians of {config['rounds']} rounds in turns, {about['threads']} threads of "
+        f"Medians of {config['rounds']} rounds in turns, on {about['threads']} "
+        f"thread{'s' * (about['threads'] > 1)} of "
         f"{clean(about['cpu'])}, {about['dtype']}, {config['tokens']} tokens each. TTFT: until "
         "every sequence has its first token; TPOT: until each has one more; gain: times as fast as "
         f"{about['baseline']}, least to most of the rounds; read: bytes a token must read; of "
         "bandwidth: share of what memory delivered in the same rounds, none for weights that fit a "
         "cache."
     )
-    load = ("context", "batch", "model", "TTFT", "prompt tokens/s", "TPOT", "decode tokens/s")
+    load = ("model", "batch", "context", "TTFT", "prompt tokens/s", "TPOT", "decode tokens/s")
     return Table((*load, "decode gain", "read", "of bandwidth"), tuple(rows), note)
 
 

@@ -13,12 +13,12 @@ from prune_llm_eval.report.notation import (
     number,
     per_second,
     percent,
-    seconds,
     signed,
     size,
     times,
 )
 from prune_llm_eval.report.points import (
+    display,
     name_of,
     overall_sparsity,
     quality_row,
@@ -145,12 +145,24 @@ def _gained(report: dict[str, Any]) -> Iterator[str]:
                     f"{size(after)}."
                 )
     for name in variants(report):
-        found = [(load, row) for load, row in timed(report, name) if _clear(row) == "faster"]
+        found = _which(report, name, "decode_gain", "faster")
         if found:
-            listed = ", ".join(
-                f"{times(r['decode_gain']['median'])} at {_under(l)}" for l, r in found
-            )
-            yield f"Decoding, {name}: faster than dense in every round: {listed}."
+            yield f"Decoding, {display(report, name)}: faster than dense in every round: {found}."
+    found = _which(report, "model", "transformers_gain", "faster") if variants(report) else ""
+    if found:
+        yield (
+            f"Decoding, {display(report, 'model')}: faster than transformers' generate of the "
+            f"dense model in every round: {found}."
+        )
+
+
+def _which(report: dict[str, Any], name: str, gain: str, clear: str | None) -> str:
+    """The loads under which a variant was clearly faster, clearly slower or neither (None)."""
+    return ", ".join(
+        f"{times(row[gain]['median'])} ({_under(load)})"
+        for load, row in timed(report, name)
+        if row[gain]["clear"] == clear
+    )
 
 
 def variants(report: dict[str, Any]) -> list[str]:
@@ -171,11 +183,6 @@ def timed(report: dict[str, Any], name: str) -> list[tuple[dict[str, Any], dict[
     ]
 
 
-def _clear(row: dict[str, Any]) -> str | None:
-    found: str | None = row["decode_gain"]["clear"]
-    return found
-
-
 def _cost(report: dict[str, Any]) -> Iterator[str]:
     quality = report["quality"]
     for row in [] if quality is None else quality["rows"]:
@@ -183,22 +190,29 @@ def _cost(report: dict[str, Any]) -> Iterator[str]:
             continue
         found = row["forgotten"]
         sure = "more than chance explains" if significant(row) else "which chance may explain"
+        name = _capital(display(report, name_of(row)))
         yield (
-            f"{name_of(row).capitalize()}: {signed(row['ppl_increase'])} perplexity, {sure}; KL "
+            f"{name}: {signed(row['ppl_increase'])} perplexity, {sure}; KL "
             f"{number(row['kl'], 3)} nats a token; {percent(row['flips'])} of the likeliest tokens "
             f"changed, {percent(found['lost'])} were right and no longer are, "
             f"{percent(found['gained'])} the other way round."
         )
     if report["tasks"] is not None:
-        yield from _task_sentences(report["tasks"]["rows"])
+        yield from _task_sentences(report)
 
 
-def _task_sentences(rows: list[dict[str, Any]]) -> Iterator[str]:
-    compared = [row for row in rows if row["paired"] is not None]
+def _capital(name: str) -> str:
+    """Of a level; a model keeps its name."""
+    return name.capitalize() if name.startswith("level ") else name
+
+
+def _task_sentences(report: dict[str, Any]) -> Iterator[str]:
+    compared = [row for row in report["tasks"]["rows"] if row["paired"] is not None]
     for name in dict.fromkeys(row["model"] for row in compared):
         own = [row for row in compared if row["model"] == name]
         differ = [row for row in own if row["paired"]["significant"]]
-        text = f"Tasks, {name}: {len(differ)} of {len(own)} values differ by more than chance"
+        counts = f"{len(differ)} of {len(own)} values differ by more than chance"
+        text = f"Tasks, {display(report, name)}: {counts}"
         listed = ", ".join(
             f"{row['task']} {row['metric']} {row['paired']['difference']:+.4f}".replace("-", MINUS)
             for row in differ
@@ -208,27 +222,17 @@ def _task_sentences(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _no_gain(report: dict[str, Any]) -> Iterator[str]:
     """Said for every load, so that no reader takes the best one for all."""
-    for name in variants(report):
-        rows = timed(report, name)
-        for clear, words in (
-            ("slower", "slower than dense in every round"),
-            (None, "no clear gain"),
-        ):
-            found = [(load, row) for load, row in rows if _clear(row) == clear]
-            if found:
-                listed = ", ".join(
-                    f"{times(row['decode_gain']['median'])} at {_under(load)}"
-                    for load, row in found
-                )
-                yield f"Decoding, {name}: {words}: {listed}."
-        prompts = [(load, row) for load, row in rows if row["prompt_gain"]["clear"] != "faster"]
-        if prompts and name == "model":
-            listed = ", ".join(
-                f"{times(row['prompt_gain']['median'])} at {_under(load)} (first token after "
-                f"{seconds(row['ttft']['median'])})"
-                for load, row in prompts
-            )
-            yield f"Prompts, {name}: no clear gain: {listed}."
+    for what, gain, names in (
+        ("Decoding", "decode_gain", variants(report)),
+        ("Prompts", "prompt_gain", variants(report)[:1]),
+    ):
+        for name in names:
+            slower = _which(report, name, gain, "slower")
+            unclear = _which(report, name, gain, None)
+            parts = [f"slower than dense in every round: {slower}"] if slower else []
+            parts += [f"no clear difference from dense: {unclear}"] if unclear else []
+            if parts:
+                yield f"{what}, {display(report, name)}: {'; '.join(parts)}."
     if any(row["cached"] for name in variants(report) for _, row in timed(report, name)):
         yield (
             "The weights fit a processor's cache, where reading less saves little; models that do "
