@@ -7,7 +7,8 @@ from typing import Any
 
 from prune_llm_eval.report.charts import Series, marker
 from prune_llm_eval.report.drawing import tag, text
-from prune_llm_eval.report.figures import Figure, figures
+from prune_llm_eval.report.figure import Figure
+from prune_llm_eval.report.figures import figures
 from prune_llm_eval.report.notation import clean, number, percent
 from prune_llm_eval.report.passages import Flip, flips, whole_tokens
 from prune_llm_eval.report.points import display, name_of

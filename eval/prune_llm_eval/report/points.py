@@ -81,3 +81,7 @@ def speed_ratio(report: dict[str, Any], name: str) -> float | None:
 def size_row(report: dict[str, Any], role: str) -> dict[str, Any]:
     found: dict[str, Any] = next(row for row in report["size"] if row["role"] == role)
     return found
+
+
+def load_words(load: dict[str, Any]) -> str:
+    return f" at batch {load['batch']}, context {load['context']}"
