@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from prune_llm.cli_eval import is_given
 from prune_llm.cli_prune import add_options, parse_target
 from prune_llm.cli_tasks import need_lm_eval
 
@@ -67,6 +68,7 @@ SPEED_OPTIONS = (
     click.option("--threads", type=int, help="Threads; torch's choice if not given."),
     click.option("--grid", is_flag=True, help="Time every context at every batch size."),
 )
+QUALITY_NAMES = ("text", "separator", "seq_len", "windows", "passages")
 SPEED_NAMES = ("contexts", "batches", "tokens", "rounds", "threads", "grid")
 TASK_NAMES = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_template")
 
@@ -84,7 +86,8 @@ TASK_NAMES = ("num_fewshot", "limit", "batch_size", "include_path", "apply_chat_
 @click.option(
     "--beside",
     multiple=True,
-    help="comparison.json, frontier.json or another report.json to draw beside it; repeatable.",
+    help="comparison.json, frontier.json, sweep.json or another report.json to draw beside it; "
+    "repeatable.",
 )
 @click.option("--from", "source", help="Only render a report.json again; measures nothing.")
 @click.pass_context
@@ -107,6 +110,7 @@ def report_command(
     else:
         if model is None:
             raise click.UsageError("Missing argument 'MODEL'")
+        _check_together(ctx, options)
         config = _config(model, options, command_line(ctx))
         with eval_bar() as show:
             report = gather(model, options["against"], config, show)
@@ -121,14 +125,33 @@ def _check_output(output: str) -> None:
         raise ValueError(f"output {output!r}: is a file; give a directory")
 
 
+def _check_together(ctx: click.Context, options: dict[str, Any]) -> None:
+    """What sets up a part that is left out must not be given."""
+    for names, left_out, reason in (
+        (QUALITY_NAMES, options["no_quality"], "does not go with --no-quality"),
+        (SPEED_NAMES, options["no_speed"], "does not go with --no-speed"),
+        (TASK_NAMES, options["tasks"] is None, "needs --tasks"),
+    ):
+        given = [p for p in ctx.command.params if p.name in names and is_given(ctx, p.name)]
+        if left_out and given:
+            raise click.UsageError(f"{max(given[0].opts, key=len)} {reason}")
+    if options["max_ppl_increase"] is not None and options["against"] is None:
+        raise click.UsageError("--max-ppl-increase needs a dense model, --against DENSE")
+
+
 def _config(model: str, options: dict[str, Any], command: str) -> ReportConfig:
     from prune_llm.sparse_checkpoint import open_stored
     from prune_llm_eval.compare import EvalConfig
     from prune_llm_eval.report.gathering import ReportConfig, level_names
     from prune_llm_eval.throughput import ThroughputConfig
 
-    levels = options["levels"] or tuple(level_names(open_stored(model)))
-    quality = ("text", "separator", "seq_len", "windows", "device", "dtype", "passages")
+    known = level_names(open_stored(model))
+    levels = options["levels"] or tuple(known)
+    for level in levels:
+        if level not in known:
+            listed = ", ".join(known) or "none; prune-llm sparsify makes them"
+            raise ValueError(f"level {level!r}: does not exist; {model} has {listed}")
+    quality = (*QUALITY_NAMES, "device", "dtype")
     speed = {name: options[name] for name in SPEED_NAMES if options[name] != ()}
     target = options["max_ppl_increase"]
     return ReportConfig(
@@ -160,7 +183,7 @@ def command_line(ctx: click.Context) -> str:
     words = ["prune-llm", str(ctx.info_name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+        if not is_given(ctx, name):
             continue
         value = ctx.params[name]
         values = value if isinstance(value, tuple) else (value,)

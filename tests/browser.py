@@ -126,7 +126,10 @@ def open_page(profile: Path) -> Iterator[Page]:
                 assert answer.status_code == 200, answer.text
                 client.base_url = f"{client.base_url}session/{answer.json()['value']['sessionId']}/"
                 try:
-                    yield Page(client)
+                    page = Page(client)
+                    page.show("about:blank", 800, 600, "light")
+                    page.log("performance")  # of the browser's own first tab
+                    yield page
                 finally:
                     client.delete("")
         finally:

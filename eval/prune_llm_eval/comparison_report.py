@@ -80,7 +80,7 @@ class ComparisonReport:
         return self.rows[0]
 
     def to_json(self) -> str:
-        return json.dumps(_finite(asdict(self)), indent=1, allow_nan=False) + "\n"
+        return json.dumps(finite(asdict(self)), indent=1, allow_nan=False) + "\n"
 
     def write_csv(self, file: Path) -> None:
         """A line for each row; what is not known or not finite is empty."""
@@ -91,18 +91,18 @@ class ComparisonReport:
                 ["method", "pattern", "sparsity", *names, "bytes", "seconds", "peak_bytes"]
             )
             for row in self.rows:
-                quality = _finite(asdict(row.quality))
+                quality = finite(asdict(row.quality))
                 values = [quality[name] for name in names]
                 costs = [row.nbytes, round(row.seconds, 3), row.peak_memory.get("process")]
                 out.writerow([row.method, row.pattern, row.sparsity, *values, *costs])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no nan and no infinity: None in their place."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

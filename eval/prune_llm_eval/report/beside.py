@@ -1,6 +1,7 @@
 """Results of other runs that a report draws beside its model.
 
-Read are comparison.json (`compare`), frontier.json (`frontier`) and report.json of another model.
+Read are comparison.json (`compare`), frontier.json (`frontier`), sweep.json (`sweep`) and
+report.json of another model.
 Perplexities of different texts do not compare, so each point keeps only its ratio to the dense
 model's on its own text; likewise speed, to the dense model of its own run.
 """
@@ -34,8 +35,8 @@ def read_beside(file: Path) -> dict[str, Any]:
                     f"beside {str(file)!r}: is damaged ({type(error).__name__}: {error})"
                 ) from None
     raise ValueError(
-        f"beside {str(file)!r}: is no comparison.json, frontier.json or report.json; give one that "
-        "prune-llm compare, frontier or report wrote"
+        f"beside {str(file)!r}: is none of comparison.json, frontier.json, sweep.json and "
+        "report.json; give one that prune-llm compare, frontier, sweep or report wrote"
     )
 
 
@@ -58,8 +59,8 @@ def _comparison(found: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _ratio(value: float | None, dense: float) -> float | None:
-    return None if value is None else value / dense
+def _ratio(value: float | None, dense: float, more: float = 0.0) -> float | None:
+    return None if value is None else more + value / dense
 
 
 def _frontier(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,6 +83,21 @@ def _frontier(found: dict[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
+def _sweep(found: dict[str, Any]) -> list[dict[str, Any]]:
+    dense = found["rows"][0]["tokens_per_second"]
+    return [
+        _point(
+            row["name"],
+            row["method"] if row["skipped"] is None else f"{row['method']}, levels",
+            weight_sparsity=row["sparsity"],
+            input_sparsity=row["skipped"] or 0.0,
+            ppl_ratio=_ratio(row["ppl_increase"], 1.0, 1.0),
+            speed_ratio=_ratio(row["tokens_per_second"], dense),
+        )
+        for row in found["rows"][1:]
+    ]
+
+
 def _report(found: dict[str, Any]) -> list[dict[str, Any]]:
     from prune_llm_eval.report.points import own_points
 
@@ -95,6 +111,7 @@ def _report(found: dict[str, Any]) -> list[dict[str, Any]]:
 Values = dict[str, Any]
 READERS: tuple[tuple[Callable[[Values], bool], Callable[[Values], list[Values]]], ...] = (
     (lambda found: found.get("schema") == "prune_llm.report", _report),
+    (lambda found: {"rows", "fastest", "smallest"} <= found.keys(), _sweep),
     (lambda found: {"rows", "knees"} <= found.keys(), _comparison),
     (lambda found: {"rows", "chosen", "dense_ppl"} <= found.keys(), _frontier),
 )

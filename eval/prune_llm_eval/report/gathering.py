@@ -21,10 +21,10 @@ from prune_llm.convert import read_report
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import SparseCheckpoint, is_sparse, open_stored
 from prune_llm_eval.compare import EvalConfig, ModelQuality, evaluate, text_windows
+from prune_llm_eval.comparison_report import finite
 from prune_llm_eval.report.beside import read_beside
-from prune_llm_eval.report.notation import finite
 from prune_llm_eval.report.sparsity import stored_linears
-from prune_llm_eval.report.speed_section import DENSE, MODEL, speed_section
+from prune_llm_eval.report.speed_section import DENSE, MODEL, fitting_contexts, speed_section
 from prune_llm_eval.report.verdict import decide
 from prune_llm_eval.throughput import ThroughputConfig
 
@@ -88,6 +88,7 @@ def gather(
     dense = None if against is None else open_stored(against)
     levels = level_names(checkpoint)
     beside = [read_beside(Path(file)) for file in config.beside]
+    _check(checkpoint, config)
     pruned = read_report(checkpoint.directory)
     on_progress("reading the weights", 0, 1)
     report: dict[str, Any] = {
@@ -126,6 +127,18 @@ def gather(
     report["verdict"] = decide(report)
     found_values: dict[str, Any] = finite(report)
     return found_values
+
+
+def _check(checkpoint: SparseCheckpoint, config: ReportConfig) -> None:
+    """What can be known to fail is said before anything is measured."""
+    if config.speed is not None:
+        fitting_contexts(config.speed, checkpoint.config.get("max_position_embeddings"))
+    if config.quality is not None:
+        text_windows(checkpoint, config.quality)
+    if config.tasks is not None:
+        from prune_llm_eval.task_loading import load_tasks
+
+        load_tasks(config.tasks.tasks, config.tasks.include_path)
 
 
 def level_names(checkpoint: SparseCheckpoint) -> list[str]:
@@ -267,7 +280,7 @@ def missing(report: dict[str, Any]) -> list[dict[str, str]]:
         ("the error of each linear", "prune with this program, which writes prune_report.json")
         if not any(one["error"] is not None for one in report["sparsity"]["linears"])
         else None,
-        ("other models beside this one", "--beside comparison.json or frontier.json")
+        ("other models beside this one", "--beside comparison.json, frontier.json or sweep.json")
         if not report["beside"]
         else None,
     ]

@@ -35,7 +35,7 @@ def _parts(report: dict[str, Any]) -> Iterator[str]:
     yield f"# {escaped(clean(str(report['model']['name'])))}: what it gained and what it cost"
     beside = report["against"]
     dense = "no dense model" if beside is None else clean(str(beside["name"]))
-    device = told["environment"].get("device", "")
+    device = clean(str(told["environment"].get("device", "")))
     yield escaped(f"Beside {dense}, {told['date']}, {device}")
     yield from _verdict(report)
     if report["quality"] is not None:

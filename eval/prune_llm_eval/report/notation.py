@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from prune_llm import cli_tables
 
 UNKNOWN = "–"
 # between a number and its unit, where no line may break
 SPACE = "\u00a0"
+NARROW = "\u202f"
 MINUS = "−"
-
-
-def finite(value: Any) -> Any:
-    """JSON knows no nan and no infinity: None in their place."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -31,7 +22,7 @@ def number(value: float | None, digits: int = 4) -> str:
     magnitude = math.floor(math.log10(abs(value)))
     if magnitude >= 6 or magnitude < -5:
         return f"{value:.{digits - 1}e}"
-    return f"{value:,.{max(0, digits - 1 - magnitude)}f}".replace(",", "\u202f")
+    return f"{value:,.{max(0, digits - 1 - magnitude)}f}".replace(",", NARROW)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -74,4 +65,7 @@ def per_second(value: float | None) -> str:
 
 def clean(text: str) -> str:
     r"""A line that is safe to show: \n, \x1b and others that do not print as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    own = {SPACE, NARROW}
+    return "".join(
+        c if c.isprintable() or c in own else c.encode("unicode_escape").decode() for c in text
+    )

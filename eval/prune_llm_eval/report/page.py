@@ -68,7 +68,8 @@ def _anchor(name: str) -> str:
 def _header(report: dict[str, Any], title: str) -> str:
     against, told = report["against"], report["provenance"]
     beside = "no dense model" if against is None else clean(str(against["name"]))
-    about = f"beside {beside}, {told['date']}, {told['environment'].get('device', '')}"
+    device = clean(str(told["environment"].get("device", "")))
+    about = f"beside {beside}, {told['date']}, {device}"
     return tag("header", tag("h1", text(title)), tag("p", text(about), class_="sub"))
 
 

@@ -22,7 +22,7 @@ def all_points(report: dict[str, Any]) -> list[dict[str, Any]]:
 def quality_figure(report: dict[str, Any]) -> Figure | None:
     """Perplexity over the share of the multiplications that are left out, by zeros or inputs."""
     points = [p for p in all_points(report) if _finite(p["ppl_ratio"]) and _skipped(p) is not None]
-    if len(points) < 2:
+    if report["quality"] is None or len(points) < 2:
         return None
     x_ticks = tuple((n / 5, f"{20 * n} %") for n in range(6))
     x = Axis("multiplications left out", 0.0, 1.0, LEFT, RIGHT, x_ticks)
@@ -73,7 +73,7 @@ def frontier_figure(report: dict[str, Any]) -> Figure | None:
     points = [
         p for p in all_points(report) if _finite(p["ppl_ratio"]) and p["speed_ratio"] is not None
     ]
-    if len(points) < 2:
+    if report["quality"] is None or len(points) < 2:
         return None
     speeds = [p["speed_ratio"] for p in points]
     ticks = linear_ticks(min(*speeds, 0.9), max(*speeds, 1.1))

@@ -54,8 +54,7 @@ def speed_section(
 
     on_progress("loading", 0, 1)
     sparse = load(model).eval()
-    contexts = config.contexts or _room(sparse, config.tokens)
-    speed.check_context(sparse, max(contexts) + config.tokens)
+    contexts = fitting_contexts(config, getattr(sparse.config, "max_position_embeddings", None))
     speed.check_linears(packed_weights(sparse))
     dense = load(against or model, dequantize=against is None, dtype=sparse.dtype).eval()
     memory = {MODEL: _memory(sparse), DENSE: _memory(dense)}
@@ -87,11 +86,20 @@ def packed_weights(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _room(model: PreTrainedModel, tokens: int) -> tuple[int, ...]:
-    """Of the default contexts those that fit, at least one."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    fitting = tuple(c for c in DEFAULT_CONTEXTS if longest is None or c + tokens <= longest)
-    return fitting or DEFAULT_CONTEXTS[:1]
+def fitting_contexts(config: ThroughputConfig, longest: int | None) -> tuple[int, ...]:
+    """Those asked for, else those of the defaults that fit, at least one.
+
+    Raises:
+        ValueError: a prompt and its answer do not fit the model's context ``longest``.
+    """
+    fitting = [c for c in DEFAULT_CONTEXTS if longest is None or c + config.tokens <= longest]
+    contexts = config.contexts or tuple(fitting) or DEFAULT_CONTEXTS[:1]
+    whole = max(contexts) + config.tokens
+    if longest is not None and whole > longest:
+        raise ValueError(
+            f"contexts and tokens: {whole} together, the model's context is {longest}; ask for less"
+        )
+    return contexts
 
 
 def _memory(model: PreTrainedModel) -> dict[str, int]:

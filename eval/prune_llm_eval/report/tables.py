@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prune_llm_eval.report.notation import (
+    NARROW,
     UNKNOWN,
     clean,
     number,
@@ -71,7 +72,8 @@ def _change_cells(row: dict[str, Any]) -> tuple[str, ...]:
     stderr = found["nll_increase_stderr"]
     return (
         signed(row["ppl_increase"], 2),
-        UNKNOWN if stderr is None else f"{100 * stderr:.2f} %",
+        # of a ratio of perplexities, whose logarithm has this error
+        percent(None if stderr is None else (1 + row["ppl_increase"]) * stderr, 2),
         "yes" if significant(row) else "no",
         number(row["kl"], 3),
         percent(row["flips"], 2),
@@ -161,7 +163,7 @@ def _kind_cells(kind: str, own: list[dict[str, Any]]) -> tuple[str, ...]:
     return (
         kind,
         str(len(own)),
-        f"{weights:,}".replace(",", "\u202f"),
+        f"{weights:,}".replace(",", NARROW),
         percent(wanted / sum(one["weights"] for one in asked), 2) if asked else UNKNOWN,
         percent(sum(one["sparsity"] * one["weights"] for one in own) / weights, 2),
         number(sum(errors) / len(errors), 3) if errors else UNKNOWN,
