@@ -244,7 +244,6 @@ def test_the_calibration_text_is_told(packed: Path, corpus: Path) -> None:
             "max_ppl_increase 0: must be above 0",
         ),
         (("MODEL", "-o", "OUT", "--text", "none.txt"), "none.txt"),
-        (("MODEL", "-o", "OUT", "--tasks", "no_such_task"), "no_such_task"),
         (("MODEL", "-o", "OUT", "--max-ppl-increase", "5%"), "needs a dense model"),
         (("MODEL", "-o", "OUT", "--against", "nowhere"), "'nowhere': no such directory"),
         (("MODEL", "-o", "OUT", "--beside", "none.json"), "beside 'none.json': cannot be read"),
