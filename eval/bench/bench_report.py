@@ -21,7 +21,7 @@ from pathlib import Path
 from prune_llm.demo import model_path
 
 LEVELS = ("--activation-sparsity", "25%,40%", "--activation-allocation", "uniform")
-COMPARED = ("--methods", "magnitude,wanda,sparsegpt", "--patterns", "0.3,0.5,0.6,0.7,2:4")
+COMPARED = ("--methods", "wanda,sparsegpt", "--patterns", "0.3,0.4,0.5,0.6,2:4")
 SPEED = ("--context", "16", "--context", "128", "--context", "448")
 SEPARATED = ("--separator", "<|story|>")
 
@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("eval/reports"))
     parser.add_argument("--reference", type=Path, help="directory with stories260k/ and text/")
     parser.add_argument("--machine", default="epyc", help="short name of the processor")
-    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--windows", type=int, default=40)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         (place / "bundled").symlink_to(model_path())
-        made = {"bundled": make(place, "bundled", ("--samples", "64"), (), options.windows)}
+        made = {"bundled": make(place, "bundled", ("--samples", "32"), (), options.windows)}
         if options.reference is not None:
             reference = options.reference.resolve()
             (place / "stories260K").symlink_to(reference / "stories260k")
