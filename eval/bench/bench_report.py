@@ -1,11 +1,12 @@
-"""The committed reports: of the bundled model and, where it is given, of the reference model.
+"""The committed reports: of the bundled model and of the reference model.
 
-    python eval/bench/bench_report.py -o eval/reports --reference shared/reference
+    python eval/bench/bench_report.py bundled
+    python eval/bench/bench_report.py stories260K --reference shared/reference
 
-Each model is compared over methods, pruned to 50 % with two activation levels, and reported beside
-the dense one, by the commands that anyone types. The work happens in a temporary directory under
-short names, so that no path of the machine gets into a report. About five minutes on two quiet
-cores; timings mean nothing on a busy machine.
+A model is compared over methods, pruned to 50 % with two activation levels, and reported beside the
+dense one, by the commands that anyone types. The work happens in a temporary directory under short
+names, so that no path of the machine gets into a report. Ten minutes or so on two quiet cores, most
+of it for the comparison (`--no-compare`); timings mean nothing on a busy machine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,43 @@ from prune_llm.demo import model_path
 LEVELS = ("--activation-sparsity", "25%,40%", "--activation-allocation", "uniform")
 COMPARED = ("--methods", "wanda,sparsegpt", "--patterns", "0.3,0.4,0.5,0.6,2:4")
 SPEED = ("--context", "16", "--context", "128", "--context", "448")
-SEPARATED = ("--separator", "<|story|>")
+SEPARATOR = ("--separator", "<|story|>")
+# what each is calibrated on, and scored on
+TEXTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bundled": (("--samples", "32"), ()),
+    "stories260K": (
+        ("--calibration", "stories_calib.txt", *SEPARATOR, "--samples", "96", "--seq-len", "512",
+         "--sampling", "first"),
+        ("--text", "stories_eval.txt"),
+    ),
+}  # fmt: skip
+
+
+def prepare(place: Path, model: str, reference: Path | None) -> None:
+    """The model and its texts under short names."""
+    if model == "bundled":
+        (place / model).symlink_to(model_path())
+        return
+    if reference is None:
+        raise SystemExit(f"{model}: give --reference, a directory with stories260k/ and text/")
+    (place / model).symlink_to(reference.resolve() / "stories260k")
+    for text in (reference.resolve() / "text").glob("stories_*.txt"):
+        (place / text.name).symlink_to(text)
+
+
+def make(place: Path, model: str, windows: int, compare: bool) -> Path:
+    """Compare, prune and report a model; the directory of the report."""
+    calibration, text = TEXTS[model]
+    scored = (*text, "--windows", str(windows))
+    pruned, report, beside = f"{model}-50", "report", ()
+    if compare:
+        run(place, "compare", model, "-o", "compared", *COMPARED, *calibration, *scored)
+        beside = ("--beside", "compared/comparison.json")
+    run(place, "prune", model, "-o", pruned, "--sparsity", "0.5", *calibration, *LEVELS)
+    separator = SEPARATOR if text else ()
+    run(place, "report", pruned, "--against", model, "-o", report, *scored, *separator, *SPEED,
+        "--passages", "4", "--max-ppl-increase", "5%", *beside)  # fmt: skip
+    return place / report
 
 
 def run(place: Path, *words: str) -> None:
@@ -32,49 +69,22 @@ def run(place: Path, *words: str) -> None:
     subprocess.run([sys.executable, "-m", "prune_llm", *words], cwd=place, check=True)
 
 
-def make(
-    place: Path, model: str, calibration: tuple[str, ...], text: tuple[str, ...], windows: int
-) -> Path:
-    """Compare, prune and report a model; the directory of the report."""
-    pruned, report = f"{model}-50", f"{model}-report"
-    scored = (*text, "--windows", str(windows))
-    # the separator of compare is of both texts
-    shared = tuple(word for word in text if word not in SEPARATED)
-    run(place, "compare", model, "-o", "compared", *COMPARED, *calibration, *shared,
-        "--windows", str(windows))  # fmt: skip
-    run(place, "prune", model, "-o", pruned, "--sparsity", "0.5", *calibration, *LEVELS)
-    run(place, "report", pruned, "--against", model, "-o", report, *scored, *SPEED,
-        "--passages", "4", "--max-ppl-increase", "5%", "--beside", "compared/comparison.json",
-    )  # fmt: skip
-    shutil.rmtree(place / "compared")
-    return place / report
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=list(TEXTS))
     parser.add_argument("-o", "--output", type=Path, default=Path("eval/reports"))
     parser.add_argument("--reference", type=Path, help="directory with stories260k/ and text/")
     parser.add_argument("--machine", default="epyc", help="short name of the processor")
     parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--no-compare", action="store_true", help="no other models beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        (place / "bundled").symlink_to(model_path())
-        made = {"bundled": make(place, "bundled", ("--samples", "32"), (), options.windows)}
-        if options.reference is not None:
-            reference = options.reference.resolve()
-            (place / "stories260K").symlink_to(reference / "stories260k")
-            for text in ("stories_calib.txt", "stories_eval.txt"):
-                (place / text).symlink_to(reference / "text" / text)
-            calibration = ("--calibration", "stories_calib.txt", *SEPARATED, "--samples", "96")
-            calibration += ("--seq-len", "512", "--sampling", "first")
-            text = ("--text", "stories_eval.txt", *SEPARATED)
-            made["stories260K"] = make(place, "stories260K", calibration, text, options.windows)
-        for name, report in made.items():
-            target = options.output / f"{name}_{options.machine}_{time.strftime('%Y-%m-%d')}"
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(report, target)
-            print(f"wrote {target}")
+        prepare(Path(directory), options.model, options.reference)
+        made = make(Path(directory), options.model, options.windows, not options.no_compare)
+        name = f"{options.model}_{options.machine}_{time.strftime('%Y-%m-%d')}"
+        shutil.rmtree(options.output / name, ignore_errors=True)
+        shutil.copytree(made, options.output / name)
+    print(f"wrote {options.output / name}")
 
 
 if __name__ == "__main__":

@@ -274,6 +274,12 @@ def missing(report: dict[str, Any]) -> list[dict[str, str]]:
         ("perplexity", "leave out --no-quality") if report["quality"] is None else None,
         ("tasks", "--tasks NAME,...") if report["tasks"] is None else None,
         ("speed and memory", "leave out --no-speed") if report["speed"] is None else None,
+        (
+            "bytes read per token and share of the bandwidth",
+            "known only for models built of Llama's parts, which decode by a plan",
+        )
+        if report["speed"] is not None and bytes_unknown(report["speed"])
+        else None,
         ("activation levels", "prune-llm sparsify MODEL, or prune --activation-sparsity")
         if not report["model"]["levels"]
         else None,
@@ -285,6 +291,12 @@ def missing(report: dict[str, Any]) -> list[dict[str, str]]:
         else None,
     ]
     return [{"what": what, "how": how} for what, how in filter(None, lacks)]
+
+
+def bytes_unknown(speed: dict[str, Any]) -> bool:
+    """Where the model itself runs through transformers."""
+    rows = [row for load in speed["loads"] for row in load["rows"] if row["variant"] == MODEL]
+    return any(row["bytes_per_step"] is None for row in rows)
 
 
 def warnings(report: dict[str, Any]) -> list[str]:

@@ -204,7 +204,7 @@ def speed_table(report: dict[str, Any]) -> Table:
         "every sequence has its first token; TPOT: until each has one more; gain: times as fast as "
         f"{about['baseline']}, least to most of the rounds; read: bytes a token must read; of "
         "bandwidth: share of what memory delivered in the same rounds, none for weights that fit a "
-        "cache."
+        f"cache. {display(report, 'model')} runs by {clean(about['engines']['model'])}."
     )
     load = ("model", "batch", "context", "TTFT", "prompt tokens/s", "TPOT", "decode tokens/s")
     return Table((*load, "decode gain", "read", "of bandwidth"), tuple(rows), note)
