@@ -18,6 +18,7 @@ import torch
 from prune_llm.activation.levels import LevelTable
 from prune_llm.checkpoint import Checkpoint
 from prune_llm.convert import read_report
+from prune_llm.memory import return_freed_memory
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import SparseCheckpoint, is_sparse, open_stored
 from prune_llm_eval.compare import EvalConfig, ModelQuality, evaluate, text_windows
@@ -108,6 +109,7 @@ def gather(
         report["quality"] = _quality(model, against, config.quality, on_progress)
     if config.tasks is not None:
         report["tasks"] = _tasks(model, against, config.tasks, on_progress)
+    return_freed_memory()
     if config.speed is not None:
         found = speed_section(model, against, config.levels, config.speed, on_progress)
         report["speed"], memory = found

@@ -38,6 +38,7 @@ def _parts(report: dict[str, Any]) -> Iterator[str]:
     device = clean(str(told["environment"].get("device", "")))
     yield escaped(f"Beside {dense}, {told['date']}, {device}")
     yield from _verdict(report)
+    yield "Pictures, and more passages: report.html, which opens in any browser."
     if report["quality"] is not None:
         yield "## Quality"
         yield from _table(quality_table(report))
