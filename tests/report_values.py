@@ -271,6 +271,9 @@ def timing(
         "transformers_gain": None
         if name == "transformers"
         else gain(steps["transformers"], step),
+        "transformers_prompt_gain": None
+        if name == "transformers"
+        else gain((0.05, 0.05, 0.05) if batch == 8 else steps["transformers"], step),
     }  # fmt: skip
 
 

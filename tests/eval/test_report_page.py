@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Page, open_page
+from browser import Page, find_browser, open_page
 from report_values import EVIL, completed, report_values
 
 from prune_llm_eval.report.figures import figures
@@ -44,6 +44,16 @@ const of = (selector, what) => getComputedStyle(document.querySelector(selector)
 return [of('body', 'backgroundColor'), of('body', 'color'), of('.sub', 'color'),
   of('.picture .tick', 'fill')];
 """
+
+
+def test_a_missing_browser_fails_in_ci_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("browser.shutil.which", lambda _name: None)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="CI must have them"):
+        find_browser()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+        find_browser()
 
 
 @pytest.fixture(scope="module")

@@ -145,9 +145,34 @@ def test_the_verdict(values: Values) -> None:
     without = " ".join(verdict["no_gain"])
     assert "small-50: no clear difference from dense: 1.00× (batch 8, context 16)" in without
     assert "level 40%: slower than dense in every round" in without
+    assert "transformers" not in without
     cost = " ".join(verdict["cost"])
     assert "small-50: +2.5\u00a0% perplexity, more than chance explains" in cost
     assert "small-50: 1 of 1 values differ by more than chance: next_word acc −0.0350." in cost
+
+
+def test_what_is_slower_than_transformers_is_said(values: Values) -> None:
+    for load in values["speed"]["loads"]:
+        model = next(row for row in load["rows"] if row["variant"] == "model")
+        model["transformers_prompt_gain"] = gain((1.0, 1.0, 1.0), (2.0, 2.0, 4.0))
+        break
+    (said,) = (s for s in completed(values)["verdict"]["no_gain"] if "transformers" in s)
+    assert said == (
+        "Prompts, small-50: slower than transformers' generate of the dense model in every round: "
+        "0.50× (batch 1, context 16)."
+    )
+
+
+def test_titles_do_not_call_noise_a_gain(values: Values) -> None:
+    def title() -> str:
+        return next(figure.title for figure in figures(values) if figure.id == "frontier")
+
+    assert title() == "Fastest: small-50, 2.00× dense"
+    rows = values["speed"]["loads"][0]["rows"]
+    rows[1]["decode_gain"] = gain((1.0, 1.0, 1.0), (0.5, 0.5, 1.1))
+    assert title() == "Nothing is clearly faster than the dense model here"
+    rows[1]["decode_gain"] = gain((1.0, 1.0, 1.0), (2.0, 2.0, 1.1))
+    assert title() == "Nothing is faster than the dense model here"
 
 
 def test_what_chance_explains(values: Values) -> None:

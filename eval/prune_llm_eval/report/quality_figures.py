@@ -10,7 +10,7 @@ from prune_llm_eval.report.charts import BOTTOM, LEFT, RIGHT, TOP, Mark, Series
 from prune_llm_eval.report.drawing import Axis, linear_ticks, ratio_axis
 from prune_llm_eval.report.figure import Figure, chart, slot_of
 from prune_llm_eval.report.notation import clean, percent, signed, times
-from prune_llm_eval.report.points import display, load_words, own_points
+from prune_llm_eval.report.points import display, load_words, own_points, speed_row
 from prune_llm_eval.report.tables import Table
 
 
@@ -84,8 +84,12 @@ def frontier_figure(report: dict[str, Any]) -> Figure | None:
     series = tuple(Series(one.name, one.slot, one.marks, line=False) for one in series)
     load = "" if report["speed"] is None else load_words(report["speed"]["loads"][0])
     best = max(points, key=lambda p: p["speed_ratio"])
+    timed = speed_row(report, best["label"])
+    gain = None if timed is None else timed["decode_gain"]
     title = "Nothing is faster than the dense model here"
-    if best["speed_ratio"] > 1:
+    if gain is not None and gain["clear"] is None:
+        title = "Nothing is clearly faster than the dense model here"
+    elif best["speed_ratio"] > 1:
         title = f"Fastest: {_named(report, best['label'])}, {times(best['speed_ratio'])} dense"
     about = (
         f"Perplexity (logarithmic) over the speed of decoding{load}; lower and further right is "

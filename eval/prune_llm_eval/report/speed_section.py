@@ -163,6 +163,7 @@ def _tell_timing(
         "decode_gain": None,
         "prompt_gain": None,
         "transformers_gain": None,
+        "transformers_prompt_gain": None,
     }
     if nbytes is not None:
         shares = [nbytes / s / b for s, b in zip(timing.step, bandwidth, strict=True)]
@@ -173,6 +174,7 @@ def _tell_timing(
         row["prompt_gain"] = gain(dense.first, timing.first)
     if timing is not transformers:
         row["transformers_gain"] = gain(transformers.step, timing.step)
+        row["transformers_prompt_gain"] = gain(transformers.first, timing.first)
     return row
 
 

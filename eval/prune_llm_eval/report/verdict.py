@@ -233,10 +233,20 @@ def _no_gain(report: dict[str, Any]) -> Iterator[str]:
             parts += [f"no clear difference from dense: {unclear}"] if unclear else []
             if parts:
                 yield f"{what}, {display(report, name)}: {'; '.join(parts)}."
+    for what, gain in (
+        ("Decoding", "transformers_gain"),
+        ("Prompts", "transformers_prompt_gain"),
+    ):
+        slower = _which(report, "model", gain, "slower") if variants(report) else ""
+        if slower:
+            yield (
+                f"{what}, {display(report, 'model')}: slower than transformers' generate of the "
+                f"dense model in every round: {slower}."
+            )
     if any(row["cached"] for name in variants(report) for _, row in timed(report, name)):
         yield (
-            "The weights fit a processor's cache, where reading less saves little; models that do "
-            "not fit gain more."
+            "The weights fit a processor's cache, where reading less saves little; this says nothing "
+            "of models that do not fit."
         )
     disk = {role: _bytes(size_row(report, role), "disk") for role in ("dense", "model")}
     if disk["model"] >= disk["dense"]:
