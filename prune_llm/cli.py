@@ -94,10 +94,10 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 main.add_command(prune_command)
 main.add_command(eval_command)
+main.add_command(report_command)
 main.add_command(sparsify_command)
 main.add_command(frontier_command)
 main.add_command(compare_command)
-main.add_command(report_command)
 main.add_command(serve_command)
 
 

@@ -245,8 +245,8 @@ def _no_gain(report: dict[str, Any]) -> Iterator[str]:
             )
     if any(row["cached"] for name in variants(report) for _, row in timed(report, name)):
         yield (
-            "The weights fit a processor's cache, where reading less saves little; this says nothing "
-            "of models that do not fit."
+            "The weights fit a processor's cache, where reading less saves little; this says "
+            "nothing of models that do not fit."
         )
     disk = {role: _bytes(size_row(report, role), "disk") for role in ("dense", "model")}
     if disk["model"] >= disk["dense"]:
