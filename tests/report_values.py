@@ -228,6 +228,8 @@ def speed() -> dict[str, Any]:
         "cpu": "a processor",
         "instructions": "avx2",
         "threads": 2,
+        "load_average": 1.9,
+        "cores": 2,
         "thread_pool": "openmp",
         "dtype": "bfloat16",
         "date": "2026-11-28",

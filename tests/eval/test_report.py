@@ -126,6 +126,7 @@ def test_speed_covers_every_variant_and_load(values: dict[str, Any]) -> None:
         assert 0.3 < level["active"] < 0.95
         assert (level["bytes_per_step"] is None) == (load["batch"] > 1)
         assert generate["bytes_per_step"] is None
+    assert section["load_average"] >= 0 and section["cores"] >= 1
     assert section["packed_linears"] == 21 and section["baseline"] == "the dense model"
 
 

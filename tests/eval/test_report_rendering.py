@@ -175,6 +175,13 @@ def test_titles_do_not_call_noise_a_gain(values: Values) -> None:
     assert title() == "Nothing is faster than the dense model here"
 
 
+def test_a_busy_machine_is_told(values: Values) -> None:
+    assert not values["warnings"]
+    values["speed"]["load_average"] = 7.3
+    (warning,) = completed(values)["warnings"]
+    assert "load average 7.3 on 2 cores" in warning and warning in Seen(render_page(values)).text
+
+
 def test_what_chance_explains(values: Values) -> None:
     values["quality"]["rows"][1]["forgotten"]["nll_increase_stderr"] = 0.02
     verdict = completed(values)["verdict"]

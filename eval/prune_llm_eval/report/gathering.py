@@ -301,6 +301,11 @@ def bytes_unknown(speed: dict[str, Any]) -> bool:
     return any(row["bytes_per_step"] is None for row in rows)
 
 
+def busy(speed: dict[str, Any]) -> bool:
+    """More ran than this process, with all of its threads, can have caused."""
+    return bool(speed["load_average"] > speed["cores"] + 0.5)
+
+
 def warnings(report: dict[str, Any]) -> list[str]:
     """What makes figures of this report less than they seem."""
     found = []
@@ -322,4 +327,9 @@ def warnings(report: dict[str, Any]) -> list[str]:
         )
     if speed is not None and not speed["packed_linears"]:
         found.append("nothing is packed in this checkpoint, so no kernel can skip its zeros")
+    if speed is not None and busy(speed):
+        found.append(
+            f"other programs were running while it was timed (load average "
+            f"{speed['load_average']:g} on {speed['cores']} cores): figures of speed are rough"
+        )
     return [*found, *pruned.get("warnings", [])]

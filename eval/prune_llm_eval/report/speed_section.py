@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -72,8 +73,8 @@ def speed_section(
     variants.append(Variant(TRANSFORMERS, dense, GENERATE))
     buffer = torch.ones(speed.BANDWIDTH_BYTES // 8, dtype=torch.int64)
     loads = config.loads(contexts)
-    measured = measure_throughput(variants, loads, config, buffer, on_progress)
     about = _about(sparse, config, contexts, against is None)
+    measured = measure_throughput(variants, loads, config, buffer, on_progress)
     return {**about, "engines": measured.engines, "loads": tell(measured)}, memory
 
 
@@ -115,6 +116,9 @@ def _about(
         "cpu": cpu_name(),
         "instructions": cpu.isa_names()[cpu.isa_index()],
         "threads": config.threads or torch.get_num_threads(),
+        # what ran in the last minute, this process included
+        "load_average": round(os.getloadavg()[0], 1),
+        "cores": len(os.sched_getaffinity(0)),
         "thread_pool": cpu.thread_pool_name(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "date": time.strftime("%Y-%m-%d"),
