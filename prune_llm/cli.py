@@ -23,6 +23,7 @@ from prune_llm.cli_eval import eval_command
 from prune_llm.cli_frontier import frontier_command
 from prune_llm.cli_prune import prune_command
 from prune_llm.cli_push import push_command
+from prune_llm.cli_report import report_command
 from prune_llm.cli_serve import serve_command
 from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_sweep import sweep_command
@@ -95,6 +96,7 @@ def progress_bar() -> Iterator[Callable[[Progress], None]]:
 
 main.add_command(prune_command)
 main.add_command(eval_command)
+main.add_command(report_command)
 main.add_command(sparsify_command)
 main.add_command(frontier_command)
 main.add_command(compare_command)

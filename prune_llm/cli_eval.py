@@ -113,11 +113,11 @@ def _tasks_or_text(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any
     """The settings of the one that was asked for; the other's options must not be given."""
     tasks = options["tasks"]
     other = TASK_OPTIONS if tasks is None else TEXT_OPTIONS
-    given = [name for name in other if _is_given(ctx, name)]
+    given = [name for name in other if is_given(ctx, name)]
     if given:
         flag = "--" + given[0].replace("_", "-")
         raise click.UsageError(f"{flag} {'needs' if tasks is None else 'does not go with'} --tasks")
-    if _is_given(ctx, "passages") and not (ctx.params["against"] or options["levels"]):
+    if is_given(ctx, "passages") and not (ctx.params["against"] or options["levels"]):
         raise click.UsageError("--passages needs --against or --level, something to compare")
     kept = {name: value for name, value in options.items() if name not in (*other, "tasks")}
     if tasks is not None:
@@ -125,5 +125,5 @@ def _tasks_or_text(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any
     return kept
 
 
-def _is_given(ctx: click.Context, option: str) -> bool:
+def is_given(ctx: click.Context, option: str) -> bool:
     return ctx.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT

@@ -107,7 +107,7 @@ def measure(
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(plain.config.vocab_size, (options.context,), generator=generator).tolist()
     runs: dict[str, Callable[[], float]] = {
-        "transformers": lambda: time_transformers(reference, ids, options.tokens)[1]
+        "transformers": lambda: time_transformers(reference, [ids], options.tokens)[1]
     }
     for name, decoder in decoders.items():
         runs[name] = lambda d=decoder: time_plan(d, ids, options.tokens, tokenizer)[1]  # type: ignore[misc]

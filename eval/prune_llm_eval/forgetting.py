@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prune_llm.vocabulary import Vocabulary, characters
+from prune_llm_eval.paired import mean_stderr
 from prune_llm_eval.perplexity import TokenScores
 
 # predicted tokens of a passage; passages lie side by side in a window, the last may be shorter
@@ -108,6 +109,7 @@ class Forgotten(Harm):
     """How a model differs from the dense one, and where.
 
     Attributes:
+        nll_increase_stderr: of ``nll_increase``, paired by window; nan for a single window.
         lost: share of tokens that were the dense model's choice and are not this one's;
             gained: the other way round.
         kl_median: of a token. kl_of_worst_percent: share of all KL that lies in the worst 1 % of
@@ -122,6 +124,7 @@ class Forgotten(Harm):
         passages: those with the largest sum of KL, the worst first; none that does not differ.
     """
 
+    nll_increase_stderr: float
     lost: float
     gained: float
     kl_median: float
@@ -173,6 +176,7 @@ def forgotten(
     places = worst_passages(difference.kl_SP, passages)
     return Forgotten(
         **vars(overall(difference)),
+        nll_increase_stderr=mean_stderr(increase_SP.mean(dim=1).tolist()),
         lost=_share(dense_right_SP & ~right_SP),
         gained=_share(right_SP & ~dense_right_SP),
         kl_median=kl_median,

@@ -295,7 +295,7 @@ def time_linear(
     times: dict[str, list[float]] = {name: [] for name in ops}
     for round_ in range(rounds + 1):
         for name, calls in ops.items():
-            seconds = [_seconds(call) for call in calls]
+            seconds = [seconds_of(call) for call in calls]
             times[name] += seconds if round_ else []  # the first round warms up
     median = {name: statistics.median(values) for name, values in times.items()}
     return LinearRow(
@@ -315,7 +315,7 @@ def time_linear(
     )
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -342,8 +342,8 @@ def time_decoding(
     runs: dict[str, Callable[[], tuple[float, float]]] = {
         "packed": lambda: time_plan(packed, ids, config.tokens, tokenizer),
         "own_dense": lambda: time_plan(own_dense, ids, config.tokens, tokenizer),
-        "transformers": lambda: time_transformers(dense, ids, config.tokens),
-        "read": lambda: (_seconds(lambda: cpu.read_all(buffer)), 0.0),
+        "transformers": lambda: time_transformers(dense, [ids], config.tokens),
+        "read": lambda: (seconds_of(lambda: cpu.read_all(buffer)), 0.0),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for round_ in range(config.rounds + 1):
@@ -360,7 +360,7 @@ def time_decoding(
         speed["transformers"],
         first["packed"],
         first["transformers"],
-        _bytes_per_token(parts, context + config.tokens // 2),
+        step_bytes(parts, context + config.tokens // 2),
         buffer.nbytes / first["read"],
     )
 
@@ -373,13 +373,15 @@ def time_plan(decoder: Decoder, ids: list[int], tokens: int, tokenizer: Any) -> 
     return generation.prefill_seconds, generation.tokens_per_second
 
 
-def time_transformers(model: PreTrainedModel, ids: list[int], tokens: int) -> tuple[float, float]:
-    """The same for transformers' own `generate`."""
+def time_transformers(
+    model: PreTrainedModel, prompts: list[list[int]], tokens: int
+) -> tuple[float, float]:
+    """The same for transformers' own `generate`; tokens per second of each of the prompts."""
     clock = _Clock()
     started = time.perf_counter()
     with torch.inference_mode():
         model.generate(
-            torch.tensor([ids]),
+            torch.tensor(prompts),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
@@ -403,15 +405,21 @@ class _Clock:
         pass
 
 
-def _bytes_per_token(parts: ModelParts, context: int) -> int:
-    """Weights, and the keys and values of the tokens before."""
-    linears: list[LinearPart] = [parts.head]
+def step_bytes(parts: ModelParts, context: int, rows: int = 1, active: float = 1.0) -> int:
+    """Bytes that a step of some rows must read: weights once, each row's own keys and values.
+
+    Args:
+        context: tokens before, of each row.
+        active: share of the blocks' weights whose inputs count.
+    """
+    linears: list[LinearPart] = []
     for block in parts.blocks:
         linears += [block.query, block.key, block.value, block.output]
         linears += [block.gate, block.up, block.down]
-    weights = sum(linear.weight.nbytes for linear in linears)
+    weights = round(active * sum(linear.weight.nbytes for linear in linears))
     cached = sum(block.key.out_features + block.value.out_features for block in parts.blocks)
-    return weights + cached * context * parts.embedding_VD.element_size()
+    cached *= rows * context * parts.embedding_VD.element_size()
+    return weights + parts.head.weight.nbytes + cached
 
 
 # -- memory ----------------------------------------------------------------------------------

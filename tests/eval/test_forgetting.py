@@ -147,6 +147,9 @@ def test_the_whole(found: Forgotten, plain: list[dict[str, Any]]) -> None:
     worse = math.fsum(x for x in increases if x > 0) / count
     assert found.nll_of_worse == pytest.approx(worse, rel=1e-4)
     assert found.nll_of_worse + found.nll_of_better == pytest.approx(found.nll_increase, abs=1e-12)
+    by_window = [statistics.fmean(increases[n : n + T - 1]) for n in range(0, count, T - 1)]
+    stderr = statistics.stdev(by_window) / math.sqrt(WINDOWS)
+    assert found.nll_increase_stderr == pytest.approx(stderr, rel=1e-4) and stderr > 0
     kls = sorted((r["kl"] for r in plain), reverse=True)
     assert found.kl_median == pytest.approx(statistics.median(kls), rel=1e-4)
     assert count == 474 and found.kl_of_worst_percent == pytest.approx(
