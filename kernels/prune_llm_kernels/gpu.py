@@ -63,9 +63,9 @@ class ChannelList:
     """The channels of x [B, I] that count, found on the device.
 
     Attributes:
-        listed_CN: int32 [C, CHUNK], of each chunk the channels that any row counts, ascending; what
-            lies behind their number is undefined.
-        x_CBN: [C, B, CHUNK], their inputs; zero where a row does not count one.
+        listed_CN: int32 [C, CHUNK], of each chunk the channels that any row counts, ascending, then
+            the last of them again.
+        x_CBN: [C, B, CHUNK], their inputs; zero where a row does not count one, and behind them.
         counts_C: int32 [C], their number.
         in_features: I.
     """
@@ -208,30 +208,30 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
     partials_SBO = x.new_empty(splits, rows, O, dtype=torch.float32)
     lists = (x, x) if channels is None else (channels.listed_CN, channels.counts_C)
     sizes: dict[str, Any] = {"CHUNK": CHUNK, "BLOCK": block, "LISTED": channels is not None}
+    sizes["EVEN"] = I % CHUNK == 0
     if not packed:
         width = weight.data.shape[1]
         ends = weight.data, partials_SBO, rows, I, O, width, per_split, chunks
-        gpu_triton.dense_linear[(blocks, splits)](
-            x, *lists, *ends, **sizes, **dense_config(rows)
-        )
+        gpu_triton.dense_linear[(blocks, splits)](x, *lists, *ends, **sizes, **dense_config(rows))
         return partials_SBO
-    kernel = gpu_triton.packed_linear if rows <= SUMMED_ROWS else gpu_triton.packed_matmul
-    stored = weight.data, weight.data.view(torch.int32), weight.starts
-    kernel[(blocks, splits)](
-        x,
-        *lists,
-        *stored,
-        partials_SBO,
-        rows,
-        I,
-        O,
-        per_split,
-        chunks,
-        **sizes,
-        **packed_config(rows, block),
-        NATIVE=native(),
+    arguments = x, *lists, weight.data, weight.data.view(torch.int32), weight.starts, partials_SBO
+    ends = rows, I, O, per_split, chunks
+    sizes |= packed_config(rows, block) | {"NATIVE": native()}
+    if rows > SUMMED_ROWS:
+        gpu_triton.packed_matmul[(blocks, splits)](*arguments, *ends, **sizes)
+        return partials_SBO
+    sizes["LOAD"] = load_code(weight.dtype, block) if native() else None
+    gpu_triton.packed_linear[(blocks, splits)](
+        *arguments, *ends, weight.data.element_size(), **sizes
     )
     return partials_SBO
+
+
+def load_code(dtype: torch.dtype, block: int) -> str | None:
+    """How compiled kernels load weights of a block; None: as Triton does."""
+    if dtype.itemsize != 2:
+        return None
+    return gpu_triton.load_code(dtype is torch.bfloat16, block)
 
 
 def packed_config(rows: int, block: int) -> dict[str, int]:

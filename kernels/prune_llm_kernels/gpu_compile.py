@@ -73,16 +73,18 @@ CASES = (
 
 def constants(case: Case, block: int = 512) -> dict[str, Any]:
     """The compile-time arguments and num_warps of a case, as gpu.py launches it."""
+    import torch
+
     from prune_llm_kernels import gpu
 
     packed: dict[str, Any] = gpu.packed_config(case.rows, block)
-    packed |= {"CHUNK": gpu.CHUNK, "BLOCK": block, "LISTED": case.listed}
+    packed |= {"CHUNK": gpu.CHUNK, "BLOCK": block, "LISTED": case.listed, "EVEN": True}
     rows = {"B": packed["B"], "CHUNK": gpu.CHUNK}
     dense = {**gpu.dense_config(case.rows), "CHUNK": gpu.CHUNK, "BLOCK": gpu.DENSE_BLOCK}
     return {
-        "packed_linear": {**packed, "NATIVE": True},
+        "packed_linear": {**packed, "NATIVE": True, "LOAD": gpu.load_code(torch.bfloat16, block)},
         "packed_matmul": {**packed, "NATIVE": True},
-        "dense_linear": {**dense, "LISTED": case.listed},
+        "dense_linear": {**dense, "LISTED": case.listed, "EVEN": True},
         "unpack": {"STEP": 4, "BLOCK": block, "NATIVE": True, "num_warps": block // 128},
         "list_channels": {**rows, "SCALED": True},
         "finish_linear": {**rows, "BIASED": False},
