@@ -29,12 +29,12 @@ except ImportError as error:
 
 from prune_llm_kernels import gpu_layout, reference
 from prune_llm_kernels.channel_weight import ChannelWeight
+from prune_llm_kernels.gpu_ops import CHUNK
 
 if TYPE_CHECKING:
     from prune_llm_kernels.packed_weight import PackedWeight
     from prune_llm_kernels.plan import Plan
 
-CHUNK = 128  # channels that share a list; a program reads some chunks
 MAX_ROWS = 16  # more rows are multiplied with the unpacked weight
 SUMMED_ROWS = 4  # up to so many rows the sums stay in threads; more go to the tensor cores
 DENSE_BLOCK = 512  # outputs of a program over a dense weight
@@ -200,8 +200,7 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
     """The product in float32, [splits, B, O]; x is [B, I], or a list's."""
     check_device(x)
     rows, I, O = x.shape[-2], weight.in_features, weight.out_features
-    packed = weight.starts is not None
-    block = weight.tile if packed else DENSE_BLOCK
+    block = DENSE_BLOCK if weight.starts is None else weight.tile
     blocks, chunks = -(-O // block), -(-I // CHUNK)
     per_split = chunks_per_split(blocks, chunks, multiprocessors(x.device))
     splits = -(-chunks // per_split)
@@ -209,21 +208,20 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
     lists = (x, x) if channels is None else (channels.listed_CN, channels.counts_C)
     sizes: dict[str, Any] = {"CHUNK": CHUNK, "BLOCK": block, "LISTED": channels is not None}
     sizes["EVEN"] = I % CHUNK == 0
-    if not packed:
-        width = weight.data.shape[1]
-        ends = weight.data, partials_SBO, rows, I, O, width, per_split, chunks
-        gpu_triton.dense_linear[(blocks, splits)](x, *lists, *ends, **sizes, **dense_config(rows))
+    arguments: tuple[Any, ...]
+    grid, ends = (blocks, splits), (rows, I, O, per_split, chunks)
+    if weight.starts is None:
+        arguments = x, *lists, weight.data, partials_SBO, *ends, weight.data.shape[1]
+        gpu_triton.dense_linear[grid](*arguments, **sizes, **dense_config(rows))
         return partials_SBO
-    arguments = x, *lists, weight.data, weight.data.view(torch.int32), weight.starts, partials_SBO
-    ends = rows, I, O, per_split, chunks
+    stored = weight.data, weight.data.view(torch.int32), weight.starts
+    arguments = x, *lists, *stored, partials_SBO, *ends, weight.data.element_size()
     sizes |= packed_config(rows, block) | {"NATIVE": native()}
     if rows > SUMMED_ROWS:
-        gpu_triton.packed_matmul[(blocks, splits)](*arguments, *ends, **sizes)
-        return partials_SBO
-    sizes["LOAD"] = load_code(weight.dtype, block) if native() else None
-    gpu_triton.packed_linear[(blocks, splits)](
-        *arguments, *ends, weight.data.element_size(), **sizes
-    )
+        gpu_triton.packed_matmul[grid](*arguments[:-1], **sizes)
+    else:
+        load = load_code(weight.dtype, block) if native() else None
+        gpu_triton.packed_linear[grid](*arguments, **sizes, LOAD=load)
     return partials_SBO
 
 

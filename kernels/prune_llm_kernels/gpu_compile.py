@@ -76,11 +76,12 @@ def constants(case: Case, block: int = 512) -> dict[str, Any]:
     import torch
 
     from prune_llm_kernels import gpu
+    from prune_llm_kernels.gpu_ops import CHUNK
 
     packed: dict[str, Any] = gpu.packed_config(case.rows, block)
-    packed |= {"CHUNK": gpu.CHUNK, "BLOCK": block, "LISTED": case.listed, "EVEN": True}
-    rows = {"B": packed["B"], "CHUNK": gpu.CHUNK}
-    dense = {**gpu.dense_config(case.rows), "CHUNK": gpu.CHUNK, "BLOCK": gpu.DENSE_BLOCK}
+    packed |= {"CHUNK": CHUNK, "BLOCK": block, "LISTED": case.listed, "EVEN": True}
+    rows = {"B": packed["B"], "CHUNK": CHUNK}
+    dense = {**gpu.dense_config(case.rows), "CHUNK": CHUNK, "BLOCK": gpu.DENSE_BLOCK}
     return {
         "packed_linear": {**packed, "NATIVE": True, "LOAD": gpu.load_code(torch.bfloat16, block)},
         "packed_matmul": {**packed, "NATIVE": True},

@@ -56,7 +56,8 @@ def pack_channels(weight: PackedWeight, block: int = BLOCK) -> ChannelWeight:
 
 def _lengths(keep_IN: Tensor, itemsize: int) -> Tensor:
     """Units of each channel's segment, int64 [I]."""
-    return (keep_IN.shape[1] // 8 + keep_IN.sum(1) * itemsize + UNIT - 1) // UNIT
+    bytes_I: Tensor = keep_IN.shape[1] // 8 + keep_IN.sum(1) * itemsize
+    return (bytes_I + UNIT - 1) // UNIT
 
 
 def _fill(data: Tensor, at_I: Tensor, keep_IN: Tensor, values_IN: Tensor) -> None:
@@ -79,12 +80,14 @@ def pack_words(keep_IN: Tensor) -> Tensor:
     """bool [I, N] -> int32 [I, N / 32]."""
     bits_IWw = keep_IN.unflatten(1, (-1, WORD)).to(torch.int32)
     # the sum of distinct powers of two; int32 wraps to the sign bit for the last
-    return (bits_IWw << _range(WORD, keep_IN)).sum(-1, dtype=torch.int32)
+    words_IW: Tensor = (bits_IWw << _range(WORD, keep_IN)).sum(-1, dtype=torch.int32)
+    return words_IW
 
 
 def unpack_words(words_IW: Tensor) -> Tensor:
     """int32 [I, W] -> bool [I, 32 W]."""
-    return ((words_IW[..., None] >> _range(WORD, words_IW)) & 1).flatten(1).bool()
+    bits_IWw = (words_IW[..., None] >> _range(WORD, words_IW)) & 1
+    return bits_IWw.flatten(1).bool()
 
 
 def _range(end: int, like: Tensor) -> Tensor:

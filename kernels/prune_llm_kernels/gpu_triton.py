@@ -11,6 +11,8 @@ second kernel adds them. Nothing is added to by several programs.
 Names: B = rows of x rounded up to a power of two, STEP = channels read at once, CHUNK = channels
 that share a list, BLOCK = outputs of a program, NATIVE = compiled, not interpreted.
 """
+# mypy: ignore-errors
+# the language of kernels is Triton's; its types are not Python's
 
 import triton
 import triton.language as tl
@@ -121,7 +123,7 @@ def _channels(
 
 @triton.jit
 def dense_linear(
-    x, listed, counts, weight, partials, rows, columns, outputs, width, per_split, chunks,
+    x, listed, counts, weight, partials, rows, columns, outputs, per_split, chunks, width,
     B: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
     LISTED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
