@@ -180,9 +180,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the GPU kernels; print JSON lines.")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--kernels", nargs="+", help="only these")
+    parser.add_argument("--rows", type=int, nargs="+", help="only for these batches")
     options = parser.parse_args()
     for case in CASES:
-        if not options.kernels or case.kernel in options.kernels:
+        if case.kernel in (options.kernels or [case.kernel]) and case.rows in (
+            options.rows or [case.rows]
+        ):
             for architecture in options.architectures:
                 print(json.dumps(asdict(count(case, architecture))), flush=True)
 
