@@ -1,8 +1,9 @@
-"""The GPU backend: Triton kernels over channel-major weights.
+"""The GPU backend: kernels over channel-major weights, in Triton and for few rows in CUDA C++.
 
-Written and proved without a GPU: the kernels run in Triton's interpreter in the tests, and are
-compiled ahead of time for five architectures (gpu_compile.py). Everything is launched without
-waiting for the device, so that a CUDA graph can record it.
+Written and proved without a GPU: in the tests Triton's interpreter and a stand-in for CUDA run the
+kernels on the CPU, and they are compiled for five architectures. Everything is launched without
+waiting for the device, so that a CUDA graph can record it; what is compiled at the first call must
+run once before.
 
 Shape letters: B = rows, I = input features, O = output features, C = chunks of CHUNK channels.
 """
@@ -10,6 +11,7 @@ Shape letters: B = rows, I = input features, O = output features, C = chunks of 
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,7 @@ except ImportError as error:
         f" PRUNE_LLM_BACKEND=reference to run without them, slowly ({error})"
     ) from error
 
-from prune_llm_kernels import gpu_layout, reference
+from prune_llm_kernels import gpu_cuda, gpu_layout, reference
 from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.gpu_ops import CHUNK
 
@@ -215,6 +217,11 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
         gpu_triton.dense_linear[grid](*arguments, **sizes, **dense_config(rows))
         return partials_SBO
     stored = weight.data, weight.data.view(torch.int32), weight.starts
+    if _in_cuda(x, rows, weight, channels is not None):
+        function = gpu_cuda.kernel(x.device, x.dtype, _power(rows), block, channels is not None)
+        tensors = (x, *lists, weight.data, weight.starts, partials_SBO)
+        gpu_cuda.launch(function, grid, tensors, ends)
+        return partials_SBO
     arguments = x, *lists, *stored, partials_SBO, *ends, weight.data.element_size()
     sizes |= packed_config(rows, block) | {"NATIVE": native()}
     if rows > SUMMED_ROWS:
@@ -223,6 +230,25 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
         load = load_code(weight.dtype, block) if native() else None
         gpu_triton.packed_linear[grid](*arguments, **sizes, LOAD=load)
     return partials_SBO
+
+
+def _in_cuda(x: Tensor, rows: int, weight: ChannelWeight, listed: bool) -> bool:
+    """Whether the CUDA kernel multiplies instead of Triton's."""
+    supported = gpu_cuda.supports(x.dtype, rows, weight.in_features, listed)
+    return x.device.type == "cuda" and supported and implementation(x.device) == "cuda"
+
+
+@functools.cache
+def implementation(device: torch.device) -> str:
+    """What multiplies small batches on a device: "cuda" where NVRTC compiles it, else "triton"."""
+    if torch.cuda.get_device_capability(device)[0] * 10 < gpu_cuda.ARCHITECTURE:
+        return "triton"
+    try:
+        gpu_cuda.kernel(device, torch.bfloat16, 1, gpu_layout.BLOCK, True)
+    except (ImportError, RuntimeError, OSError) as error:
+        warnings.warn(f"{error}; the GPU kernels are Triton's, which are slower", stacklevel=2)
+        return "triton"
+    return "cuda"
 
 
 def load_code(dtype: torch.dtype, block: int) -> str | None:

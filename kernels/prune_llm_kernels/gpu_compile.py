@@ -149,17 +149,30 @@ def disassembly(cubin: bytes) -> list[str]:
     return [line for line in lines if re.match(r"\.L_|/\*[0-9a-f]{4,}\*/", line)]
 
 
-def inner_loops(lines: list[str]) -> Iterator[list[str]]:
-    """The instructions of each loop that contains no other."""
+def loops(lines: list[str]) -> Iterator[tuple[int, int]]:
+    """First and last line of each loop."""
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
-    spans = []
     for i, line in enumerate(lines):
         branch = re.search(r"BRA.*`\((\.L_\w+)\)", line)
         if branch and labels.get(branch[1], i) < i - 2:  # the last is a branch to itself
-            spans.append((labels[branch[1]], i))
+            yield labels[branch[1]], i
+
+
+def inner_loops(lines: list[str]) -> Iterator[list[str]]:
+    """The instructions of each loop that contains no other."""
+    spans = list(loops(lines))
     for start, end in spans:
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans):
             yield [line for line in lines[start : end + 1] if line.startswith("/*")]
+
+
+def instructions(lines: list[str], load: str) -> float:
+    """Instructions for each ``load``, one a weight, of the smallest loop with most of them."""
+    spans = [[line for line in lines[s : e + 1] if line.startswith("/*")] for s, e in loops(lines)]
+    most = max(sum(load in line for line in span) for span in spans)
+    holding = [span for span in spans if 2 * sum(load in line for line in span) > most]
+    smallest = min(holding, key=len)
+    return len(smallest) / sum(load in line for line in smallest)
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:
