@@ -194,8 +194,10 @@ def sparse_linear(
 
 
 def new_plan(dtype: torch.dtype) -> Plan:
-    """No plan runs on a GPU yet."""
-    raise ValueError("a GPU has no recorded decode step yet; decode with transformers there")
+    """An empty plan; see gpu_plan.py."""
+    from prune_llm_kernels.gpu_plan import GpuPlan
+
+    return GpuPlan(dtype)
 
 
 def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) -> Tensor:

@@ -130,7 +130,7 @@ def device_seconds(call: Call) -> float:
     call()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def _flush() -> None:

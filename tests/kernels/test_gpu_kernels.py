@@ -179,8 +179,3 @@ def test_splits_cover_the_chunks(blocks: int, chunks: int, processors: int) -> N
     splits = -(-chunks // each)
     assert 1 <= each <= chunks and (splits - 1) * each < chunks
     assert splits == chunks or blocks * splits >= 2 * processors
-
-
-def test_what_is_not_there_says_so() -> None:
-    with pytest.raises(ValueError, match="no recorded decode step yet"):
-        gpu.new_plan(torch.bfloat16)
