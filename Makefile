@@ -1,4 +1,4 @@
-# demo, test, lint, bench: each makes its own virtual environment first and uses it again later.
+# demo, test, lint, bench, bench-gpu: each makes its own virtual environment first and uses it again later.
 # It needs Python 3.11, a C++ compiler and a package index; nothing else from the network.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/prune-llm demo
@@ -26,6 +26,10 @@ bench: $(READY)
 	$(BIN)/python eval/bench/bench_prune.py
 	$(BIN)/python kernels/bench/bench_linear.py --quick
 	$(BIN)/python eval/bench/bench_decode.py --rounds 2
+
+# on a machine whose torch has CUDA: that python, with triton, runs it, not the virtual environment
+bench-gpu:
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_gpu.py --out out/gpu
 
 # torch alone and first: a range would bring gigabytes of CUDA libraries to a machine without a GPU
 $(READY): pyproject.toml constraints.txt $(wildcard kernels/CMakeLists.txt kernels/csrc/*)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ChannelLinear(nn.Module):
-    """y = x W^T + bias; a single row of x skips its zeros. For inference, on the CPU.
+    """y = x W^T + bias; a single row of x skips its zeros. For inference.
 
     Args:
         weight: the runtime layout; it is no parameter and does not move with the module.
@@ -98,6 +98,11 @@ def use_channels(model: PreTrainedModel, names: Collection[str]) -> None:
             model.set_submodule(name, _converted(module, name))
 
 
+def packed_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the linears whose weights are packed in rows."""
+    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+
+
 def _converted(module: nn.Module, name: str) -> ChannelLinear:
     from transformers.pytorch_utils import Conv1D
 
@@ -111,7 +116,7 @@ def _converted(module: nn.Module, name: str) -> ChannelLinear:
         raise ValueError(f"{name}: is a {type(module).__name__}, which has no channel-major form")
     transposed = isinstance(module, Conv1D)
     weight = module.weight.detach()
-    if weight.device.type != "cpu":
-        raise ValueError(f"{name}: is on {weight.device}; levels are decoded on the CPU")
+    if weight.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: is on {weight.device}; levels need the CPU or CUDA")
     channels = to_channels(weight.T if transposed else weight)
     return ChannelLinear(channels, bias, transposed=transposed, name=f"{name}.weight")

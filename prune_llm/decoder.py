@@ -21,7 +21,7 @@ from torch import Tensor
 from prune_llm.activation.decoding import ModelLevels, PlanGates, choose_level
 from prune_llm.activation.levels import DENSE
 from prune_llm.attention import FastAttention
-from prune_llm.channel_linear import ChannelLinear
+from prune_llm.channel_linear import ChannelLinear, packed_linears, use_channels
 from prune_llm.fused_block import FusedBlock
 from prune_llm.parts import ModelParts, OtherParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
@@ -78,7 +78,8 @@ def new_decoder(
     Args:
         capacity: tokens of prompt and answer together that must fit.
         level: of activation sparsity for every token behind the prompt. The first level that is
-            not "dense" puts the model's weights into channel-major order, for good.
+            not "dense" puts the model's weights into channel-major order, for good; on a GPU every
+            level does.
         draft: propose tokens at another level and verify them at this one.
 
     Raises:
@@ -87,6 +88,8 @@ def new_decoder(
     levels = choose_level(model, level)
     if draft is not None:
         choose_level(model, draft.level)
+    if model.device.type == "cuda":
+        use_channels(model, packed_linears(model))
     reason = recordable(model)
     if reason is None:
         decoder = PlanDecoder(read_parts(model), capacity, levels, level)
@@ -184,22 +187,24 @@ class PlanDecoder:
         first = parts.blocks[0]
         kv_heads = first.key.out_features // first.head_size
         self.caches = [
-            KeyValueCache.allocate(1, kv_heads, capacity, first.head_size, parts.dtype)
+            KeyValueCache.allocate(
+                1, kv_heads, capacity, first.head_size, parts.dtype, parts.device
+            )
             for _ in parts.blocks
         ]
         self.length = 0  # tokens whose keys and values are valid
         self.angles = rotary_angles(parts.model, self.capacity)
-        self.position_B = torch.zeros(1, dtype=torch.int64)
+        self.position_B = torch.zeros(1, dtype=torch.int64, device=parts.device)
         self._recording = self.record(self.position_B, level)
 
     def record(self, positions_B: Tensor, level: str) -> WholeStep:
         """A plan over this decoder's one sequence, at a level, for rows at the positions."""
         gates = None
         if self.levels is not None:
-            gates = PlanGates(self.levels, len(positions_B))
+            gates = PlanGates(self.levels, len(positions_B), self.parts.device)
             for row in range(len(positions_B)):
                 gates.choose(row, self.levels.table.level(level))
-        pages_BN = torch.zeros(len(positions_B), 1, dtype=torch.int64)
+        pages_BN = torch.zeros_like(positions_B)[:, None].contiguous()
         blocks = Recording(self.parts, self.caches, pages_BN, positions_B, self.angles, gates)
         return WholeStep(blocks, Head(self.parts, blocks.x_BD, blocks.plan))
 
@@ -228,7 +233,7 @@ class PlanDecoder:
             raise ValueError(
                 f"prompt of {len(ids)} tokens: must have between 1 and {self.capacity}"
             )
-        ids_BT = torch.tensor([list(ids)])
+        ids_BT = torch.tensor([list(ids)], device=self.parts.device)
         hidden_D = self._run_fused(ids_BT) if self._fusible(len(ids)) else self._run_model(ids_BT)
         self.length = len(ids)
         logits_V: Tensor = self.parts.head(hidden_D[None])[0]
@@ -312,7 +317,8 @@ class SpeculativeDecoder:
         level = decoder.statistics().level
         self.name = f"{decoder.name}, drafting at {draft.level}"
         self._decoder, self._draft, self._level = decoder, draft, level
-        self._positions_B = torch.full((draft.tokens + 1,), -1)
+        device = decoder.parts.device
+        self._positions_B = torch.full((draft.tokens + 1,), -1, device=device)
         self._verifier = decoder.record(self._positions_B, level)
         self._drafter = decoder.record(decoder.position_B, draft.level)
         self._proposed: list[int] = []
@@ -352,8 +358,8 @@ class SpeculativeDecoder:
     def _verify(self, token: int) -> None:
         rows = [token, *self._proposed]
         self._positions_B.fill_(-1)
-        self._positions_B[: len(rows)] = self._decoder.length + torch.arange(len(rows))
-        blocks = self._verifier.blocks
+        blocks, start = self._verifier.blocks, self._decoder.length
+        self._positions_B[: len(rows)] = torch.arange(start, start + len(rows))
         blocks.x_BD[: len(rows)] = self._decoder.parts.embedding_VD[torch.tensor(rows)]
         blocks.plan.run()
 
@@ -375,7 +381,8 @@ def _compare(model: PreTrainedModel) -> None:
     decoder.step(int(ids[-2]))
     found_V = decoder.step(int(ids[-1])).float()
     with torch.inference_mode():
-        expected_V = model(input_ids=ids[None], logits_to_keep=1).logits[0, -1].float()
+        ids_BT = ids[None].to(model.device)
+        expected_V = model(input_ids=ids_BT, logits_to_keep=1).logits[0, -1].float()
     distance = float((found_V - expected_V).norm() / (expected_V - expected_V.mean()).norm())
     if not distance <= _CHECK_TOLERANCE[parts.dtype]:
         raise OtherParts(

@@ -100,6 +100,10 @@ class ModelParts:
     def dtype(self) -> torch.dtype:
         return self.embedding_VD.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.embedding_VD.device
+
 
 def read_parts(model: PreTrainedModel) -> ModelParts:
     """Take a model apart. Raises OtherParts, with the reason, where it has other parts."""
@@ -110,11 +114,13 @@ def read_parts(model: PreTrainedModel) -> ModelParts:
     if rotary not in _FIXED_ROTARY:
         raise OtherParts(f"rotary embedding of type {rotary}")
     embedding = base.embed_tokens.weight
-    if type(base.embed_tokens) is not nn.Embedding or embedding.device.type != "cpu":
+    if type(base.embed_tokens) is not nn.Embedding or embedding.device.type not in ("cpu", "cuda"):
         raise OtherParts(f"embedding {type(base.embed_tokens).__name__} on {embedding.device}")
     if embedding.dtype not in DTYPES:
         raise OtherParts(f"weights of {embedding.dtype}")
     blocks = tuple(_read_block(block, model, i) for i, block in enumerate(base.layers))
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise OtherParts("weights on several devices")
     return ModelParts(
         model, embedding, blocks, _read_norm(base.norm), _read_linear(model.lm_head, "lm_head")
     )

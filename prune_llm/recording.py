@@ -42,10 +42,10 @@ class Recording:
         gates: PlanGates | None = None,
     ) -> None:
         self._rows = len(positions_B)
-        self._dtype = parts.dtype
+        self._dtype, self._device = parts.dtype, parts.device
         self._positions_B, self._pages_BN = positions_B, pages_BN
         self.gates = gates
-        self.plan: Plan = new_plan("cpu", parts.dtype)
+        self.plan: Plan = new_plan(parts.device.type, parts.dtype)
         width = parts.embedding_VD.shape[1]
         self.x_BD = self._buffer(width)
         self._normed_BD = self._buffer(width)
@@ -58,7 +58,7 @@ class Recording:
             self._mlp(block)
 
     def _buffer(self, width: int) -> Tensor:
-        return torch.zeros(self._rows, width, dtype=self._dtype)
+        return torch.zeros(self._rows, width, dtype=self._dtype, device=self._device)
 
     def _attention(
         self, block: BlockParts, cache: KeyValueCache, angles: tuple[Tensor, Tensor]
@@ -142,7 +142,7 @@ class Head:
     """
 
     def __init__(self, parts: ModelParts, x_BD: Tensor, plan: Plan | None = None) -> None:
-        self.plan = new_plan("cpu", parts.dtype) if plan is None else plan
+        self.plan = new_plan(parts.device.type, parts.dtype) if plan is None else plan
         self.x_BD, normed_BD = x_BD, torch.zeros_like(x_BD)
         self.logits_BV = x_BD.new_zeros(len(x_BD), parts.head.out_features)
         self.plan.rms_norm(x_BD, parts.norm.weight, parts.norm.eps, normed_BD)
@@ -152,6 +152,7 @@ class Head:
 def rotary_angles(model: PreTrainedModel, positions: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine [T, R] of every position, float32, as the model makes them."""
     with torch.no_grad():
-        like = torch.zeros(1, 1, 1)
-        cosine, sine = model.base_model.rotary_emb(like, torch.arange(positions)[None])
+        like = torch.zeros(1, 1, 1, device=model.device)
+        places = torch.arange(positions, device=model.device)
+        cosine, sine = model.base_model.rotary_emb(like, places[None])
     return cosine[0].float().contiguous(), sine[0].float().contiguous()

@@ -131,15 +131,22 @@ def new_runner(model: PreTrainedModel, limits: BatchLimits) -> Runner:
     if levels is not None:
         for name in levels.table.names:
             choose_level(model, name)
-    reason = recordable(model)
+    reason = _not_planned(model)
     if reason is None:
         return PlanRunner(read_parts(model), levels, limits)
     return TransformersRunner(model, reason, levels, limits)
 
 
+def _not_planned(model: PreTrainedModel) -> str | None:
+    """Why the batches of a model are not run by a plan; None: they are."""
+    if model.device.type != "cpu":
+        return f"plans of several sequences run on the CPU, the model is on {model.device.type}"
+    return recordable(model)
+
+
 def token_bytes(model: PreTrainedModel) -> int:
     """Bytes of the cache for one token of one sequence."""
-    if recordable(model) is None:
+    if _not_planned(model) is None:
         return _plan_token_bytes(read_parts(model))
     return _measured_token_bytes(model)
 

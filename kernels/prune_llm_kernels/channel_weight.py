@@ -25,7 +25,7 @@ SLACK = 64  # elements that wide loads may read behind the last chunk
 
 @dataclass(frozen=True, slots=True)
 class ChannelWeight:
-    """The weight [O, I].
+    """The weight [O, I], as the CPU's kernels read it; a GPU's segments are in gpu_layout.py.
 
     Attributes:
         data: packed: one dimension, the chunks behind each other and SLACK zeros; dense: [I, O]
@@ -61,12 +61,13 @@ class ChannelWeight:
 
     def stored(self) -> PackedWeight | Tensor:
         """As it was given: packed, its kept zeros with it, or dense [O, I]. For saving."""
-        from prune_llm_kernels.reference import channel_keep_mask, pack_kept
+        from prune_llm_kernels.reference import pack_kept
 
         dense_OI = self.dense()
         if self.starts is None:
             return dense_OI
-        return pack_kept(dense_OI, channel_keep_mask(self), self.fixed_count)
+        keep_OI = backend_for(self.data.device.type).channel_keep_mask(self)
+        return pack_kept(dense_OI, keep_OI, self.fixed_count)
 
 
 def to_channels(weight: PackedWeight | Tensor, tile: int | None = None) -> ChannelWeight:
@@ -74,7 +75,7 @@ def to_channels(weight: PackedWeight | Tensor, tile: int | None = None) -> Chann
 
     Args:
         weight: packed, or dense [O, I].
-        tile: outputs of a tile; None: a size that gives every thread some.
+        tile: outputs of a tile; None: what suits the device.
 
     Raises:
         ValueError: more than 2**32 elements, or a bad tile.
@@ -83,11 +84,12 @@ def to_channels(weight: PackedWeight | Tensor, tile: int | None = None) -> Chann
         O, device = weight.out_features, weight.packed.device
     else:
         O, device = weight.shape[0], weight.device
-    tile = choose_tile(O) if tile is None else tile
+    backend = backend_for(device.type)
+    tile = backend.choose_tile(O) if tile is None else tile
     if tile % WORD or not 0 < tile <= MAX_TILE:
         raise ValueError(f"tile {tile}: must be a multiple of {WORD}, at most {MAX_TILE}")
     if isinstance(weight, PackedWeight):
-        return backend_for(device.type).pack_channels(weight, tile)
+        return backend.pack_channels(weight, tile)
     return _dense_channels(weight, tile)
 
 

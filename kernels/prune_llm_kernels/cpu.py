@@ -24,6 +24,8 @@ except ImportError as error:
     ) from error
 
 from prune_llm_kernels.channel_weight import SLACK, WORD, ChannelWeight
+from prune_llm_kernels.channel_weight import choose_tile as choose_tile
+from prune_llm_kernels.reference import channel_keep_mask as channel_keep_mask
 
 if TYPE_CHECKING:
     from prune_llm_kernels.packed_weight import PackedWeight

@@ -40,7 +40,11 @@ class Backend(Protocol):
 
     def dense_linear(self, x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor: ...
 
+    def choose_tile(self, out_features: int) -> int: ...
+
     def pack_channels(self, weight: PackedWeight, tile: int) -> ChannelWeight: ...
+
+    def channel_keep_mask(self, weight: ChannelWeight) -> Tensor: ...
 
     def unpack_channels(self, weight: ChannelWeight) -> Tensor: ...
 
@@ -52,10 +56,11 @@ class Backend(Protocol):
 # name -> module, imported at first use
 BACKENDS = {
     "cpu": "prune_llm_kernels.cpu",
+    "gpu": "prune_llm_kernels.gpu",
     "reference": "prune_llm_kernels.reference",
 }
 # device type -> name; the reference runs anywhere, but only when it is asked for
-_DEFAULTS = {"cpu": "cpu"}
+_DEFAULTS = {"cpu": "cpu", "cuda": "gpu"}
 
 
 @functools.cache
@@ -74,7 +79,7 @@ def backend_for(device_type: str) -> Backend:
         )
     if name not in BACKENDS:
         raise ValueError(f"PRUNE_LLM_BACKEND is {name!r}; it must be one of {sorted(BACKENDS)}")
-    if name != "reference" and name != device_type:
+    if name not in ("reference", _DEFAULTS.get(device_type)):
         raise ValueError(
             f"PRUNE_LLM_BACKEND is {name!r}, which cannot run on device {device_type!r}"
         )

@@ -38,7 +38,12 @@ class KeyValueCache:
 
     @staticmethod
     def allocate(
-        pages: int, kv_heads: int, page_size: int, head_size: int, dtype: torch.dtype
+        pages: int,
+        kv_heads: int,
+        page_size: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> KeyValueCache:
         """Zeros for ``pages`` of ``page_size`` tokens, rounded up to 16.
 
@@ -52,8 +57,10 @@ class KeyValueCache:
         if not 1 <= head_size <= MAX_HEAD_SIZE:
             raise ValueError(f"head_size {head_size}: must be between 1 and {MAX_HEAD_SIZE}")
         page_size = _round_up(page_size)
-        keys = torch.zeros(pages, kv_heads, page_size // LANES, head_size, LANES, dtype=dtype)
-        values = torch.zeros(pages, kv_heads, page_size, _round_up(head_size), dtype=dtype)
+        key_shape = pages, kv_heads, page_size // LANES, head_size, LANES
+        value_shape = pages, kv_heads, page_size, _round_up(head_size)
+        keys = torch.zeros(key_shape, dtype=dtype, device=device)
+        values = torch.zeros(value_shape, dtype=dtype, device=device)
         return KeyValueCache(keys, values, head_size)
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prune_llm_kernels.channel_weight import choose_tile as choose_tile
 from prune_llm_kernels.packed_weight import PackedWeight
 
 if TYPE_CHECKING:

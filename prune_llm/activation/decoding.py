@@ -83,11 +83,12 @@ def choose_level(model: PreTrainedModel, name: str) -> ModelLevels | None:
 class PlanGates:
     """Gates of the sites of a plan with B rows; every row starts at the level "dense"."""
 
-    def __init__(self, levels: ModelLevels, rows: int) -> None:
+    def __init__(self, levels: ModelLevels, rows: int, device: torch.device | str = "cpu") -> None:
         sites = levels.table.sites
         self._levels = levels
-        self._thresholds_SB = torch.full((len(sites), rows), EVERY_INPUT)
-        self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64)
+        self._scales = [None if s is None else s.to(device) for s in levels.scales]
+        self._thresholds_SB = torch.full((len(sites), rows), EVERY_INPUT, device=device)
+        self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64, device=device)
         self._before_S3 = self._counts_S3.clone()  # when `run_active` was last asked
         self._inputs_S = torch.tensor([site.in_features for site in sites])
         self._weights_S = torch.tensor(levels.weights, dtype=torch.float64)
@@ -102,7 +103,7 @@ class PlanGates:
         s = self._site_of.get(linear)
         if s is None:
             return None
-        return Gate(self._thresholds_SB[s], self._levels.scales[s], self._counts_S3[s])
+        return Gate(self._thresholds_SB[s], self._scales[s], self._counts_S3[s])
 
     def choose(self, row: int, level: Level | None) -> None:
         """What a row skips from now on; None leaves the row out."""

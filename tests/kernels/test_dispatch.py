@@ -37,7 +37,7 @@ def test_import_loads_no_extension() -> None:
     done = python(
         "import sys, prune_llm_kernels\n"
         "loaded = [name for name in sys.modules if name.startswith('prune_llm_kernels')]\n"
-        "assert not [name for name in loaded if name.split('.')[-1] in ('_C', 'cpu')], loaded"
+        "assert not {name.split('.')[-1] for name in loaded} & {'_C', 'cpu', 'gpu'}, loaded"
     )
     assert done.returncode == 0, done.stderr
 
@@ -58,7 +58,7 @@ def test_missing_extension_says_how_to_build_it() -> None:
 def test_backends_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = torch.randn(9, 30) * (torch.rand(9, 30) < 0.5), torch.randn(2, 30)
     results = []
-    for name in BACKENDS:
+    for name in ("cpu", "reference"):
         monkeypatch.setenv("PRUNE_LLM_BACKEND", name)
         dispatch.backend_for.cache_clear()
         assert dispatch.backend_for("cpu").__name__ == BACKENDS[name]  # type: ignore[attr-defined]
@@ -73,11 +73,29 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_device_without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no kernel for device 'cuda'; move the model to one of"):
-        dispatch.backend_for("cuda")
-    monkeypatch.setenv("PRUNE_LLM_BACKEND", "cpu")
-    with pytest.raises(ValueError, match="'cpu', which cannot run on device 'cuda'"):
-        dispatch.backend_for("cuda")
+    with pytest.raises(ValueError, match="no kernel for device 'mps'; move the model to one of"):
+        dispatch.backend_for("mps")
+    for name, device in (("cpu", "cuda"), ("gpu", "cpu")):
+        monkeypatch.setenv("PRUNE_LLM_BACKEND", name)
+        with pytest.raises(ValueError, match=f"'{name}', which cannot run on device '{device}'"):
+            dispatch.backend_for(device)
+
+
+def test_cuda_tensors_choose_the_gpu_kernels() -> None:
+    assert dispatch.backend_for("cuda").__name__ == BACKENDS["gpu"]  # type: ignore[attr-defined]
+
+
+def test_missing_triton_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from prune_llm_kernels.dispatch import backend_for\n"
+        "print(backend_for('cuda').__name__)"
+    )
+    failed = python(code)
+    assert failed.returncode == 1
+    assert "ImportError: the GPU kernels of prune_llm need triton; run" in failed.stderr
+    asked = python(code, PRUNE_LLM_BACKEND="reference")
+    assert (asked.returncode, asked.stdout) == (0, "prune_llm_kernels.reference\n"), asked.stderr
 
 
 @pytest.mark.parametrize("isa", cpu.isa_names())

@@ -1,0 +1,322 @@
+"""The GPU backend: kernels over channel-major weights, in Triton and for few rows in CUDA C++.
+
+Written and proved without a GPU: in the tests Triton's interpreter and a stand-in for CUDA run the
+kernels on the CPU, and they are compiled for five architectures. Everything is launched without
+waiting for the device, so that a CUDA graph can record it; what is compiled at the first call must
+run once before.
+
+Shape letters: B = rows, I = input features, O = output features, C = chunks of CHUNK channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    import triton
+
+    from prune_llm_kernels import gpu_triton
+except ImportError as error:
+    raise ImportError(
+        "the GPU kernels of prune_llm need triton; run `pip install triton`, or set"
+        f" PRUNE_LLM_BACKEND=reference to run without them, slowly ({error})"
+    ) from error
+
+from prune_llm_kernels import gpu_cuda, gpu_layout, reference
+from prune_llm_kernels.channel_weight import ChannelWeight
+from prune_llm_kernels.gpu_ops import CHUNK
+
+if TYPE_CHECKING:
+    from prune_llm_kernels.packed_weight import PackedWeight
+    from prune_llm_kernels.plan import Plan
+
+MAX_ROWS = 16  # more rows are multiplied with the unpacked weight
+SUMMED_ROWS = 4  # up to so many rows the sums stay in threads; more go to the tensor cores
+DENSE_BLOCK = 512  # outputs of a program over a dense weight
+_WAVES = 4  # programs for each multiprocessor
+
+check_contents = reference.check_contents
+settle = reference.settle
+unpack = reference.unpack
+dense_linear = reference.dense_linear
+unpack_channels = gpu_layout.unpack_channels
+channel_keep_mask = gpu_layout.channel_keep_mask
+
+
+def choose_tile(out_features: int) -> int:
+    """Outputs of a block: a warp reads at least 256 bytes of a segment; more waste little."""
+    return 256 if out_features <= 256 else gpu_layout.BLOCK
+
+
+def pack_channels(weight: PackedWeight, tile: int) -> ChannelWeight:
+    """The channel-major form of a packed weight; see gpu_layout.py."""
+    return gpu_layout.pack_channels(weight, tile)
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelList:
+    """The channels of x [B, I] that count, found on the device.
+
+    Attributes:
+        listed_CN: int32 [C, CHUNK], of each chunk the channels that any row counts, ascending, then
+            the last of them again.
+        x_CBN: [C, B, CHUNK], their inputs; zero where a row does not count one, and behind them.
+        counts_C: int32 [C], their number.
+        in_features: I.
+    """
+
+    listed_CN: Tensor
+    x_CBN: Tensor
+    counts_C: Tensor
+    in_features: int
+
+
+def list_channels(x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None) -> ChannelList:
+    """Which channels count: |x| * scale > threshold in float32; see reference.counting."""
+    B, I = x_BI.shape
+    check_device(x_BI)
+    channels = empty_list(x_BI, I)
+    gpu_triton.list_channels[(len(channels.counts_C),)](
+        x_BI,
+        thresholds_B,
+        thresholds_B if scales_I is None else scales_I,
+        channels.listed_CN,
+        channels.x_CBN,
+        channels.counts_C,
+        B,
+        I,
+        B=_power(B),
+        CHUNK=CHUNK,
+        SCALED=scales_I is not None,
+    )
+    return channels
+
+
+def empty_list(like_B: Tensor, in_features: int) -> ChannelList:
+    """Memory for a list of as many rows."""
+    B, chunks = like_B.shape[0], -(-in_features // CHUNK)
+    listed_CN = like_B.new_empty(chunks, CHUNK, dtype=torch.int32)
+    counts_C = like_B.new_empty(chunks, dtype=torch.int32)
+    return ChannelList(listed_CN, like_B.new_empty(chunks, B, CHUNK), counts_C, in_features)
+
+
+def listed_linear(channels: ChannelList, weight: ChannelWeight, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias over the listed channels, [B, O]."""
+    partials_SBO = _partials(channels.x_CBN, channels, weight)
+    return _finished(partials_SBO, bias, weight.dtype)
+
+
+def listed_swiglu(
+    channels: ChannelList,
+    stacked: ChannelWeight,
+    bias: Tensor | None,
+    thresholds_B: Tensor | None,
+    scales_O: Tensor | None,
+) -> tuple[Tensor, ChannelList | None]:
+    """silu(x W1^T) * (x W2^T), [B, O], and with thresholds the list of its channels.
+
+    Args:
+        stacked: W1 above W2, [2 O, I]; see gpu_layout.stack_rows.
+        bias: of both, [2 O].
+    """
+    partials_SBO = _partials(channels.x_CBN, channels, stacked)
+    splits, B, wide = partials_SBO.shape
+    y_BO = partials_SBO.new_empty(B, wide // 2, dtype=stacked.dtype)
+    following = None if thresholds_B is None else empty_list(y_BO, wide // 2)
+    unused = partials_SBO  # an argument that the kernel does not read
+    gpu_triton.finish_swiglu[(-(-wide // 2 // CHUNK),)](
+        partials_SBO,
+        unused if bias is None else bias,
+        y_BO,
+        unused if thresholds_B is None else thresholds_B,
+        unused if scales_O is None else scales_O,
+        unused if following is None else following.listed_CN,
+        y_BO if following is None else following.x_CBN,
+        unused if following is None else following.counts_C,
+        B,
+        wide // 2,
+        splits,
+        B=_power(B),
+        CHUNK=CHUNK,
+        BIASED=bias is not None,
+        SCALED=scales_O is not None,
+        LIST=following is not None,
+    )
+    return y_BO, following
+
+
+def channel_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias; x [..., I] -> y [..., O]. Every channel is read."""
+    I, O = weight.in_features, weight.out_features
+    x_BI = x.reshape(-1, I).contiguous()
+    if weight.starts is None:
+        y_BO = F.linear(x_BI, weight.data[:, :O].T, bias)
+    elif not 0 < len(x_BI) <= MAX_ROWS:
+        y_BO = F.linear(x_BI, dense_columns(weight)[:, :O].T, bias)
+    else:
+        y_BO = _finished(_partials(x_BI, None, weight), bias, weight.dtype)
+    return y_BO.view(*x.shape[:-1], O)
+
+
+def dense_columns(weight: ChannelWeight) -> Tensor:
+    """The dense weight in channel-major order, [I, O rounded up to blocks]; exact."""
+    assert weight.starts is not None
+    check_device(weight.data)
+    I, width, step = weight.in_features, weight.tiles * weight.tile, 4
+    dense_IO = weight.data.new_empty(I, width)
+    gpu_triton.unpack[(weight.tiles, -(-I // step))](
+        weight.data,
+        weight.data.view(torch.int32),
+        weight.starts,
+        dense_IO,
+        I,
+        width,
+        STEP=step,
+        BLOCK=weight.tile,
+        NATIVE=native(),
+        num_warps=weight.tile // 128,
+    )
+    return dense_IO
+
+
+def sparse_linear(
+    x: Tensor, bitmask: Tensor, packed: Tensor, offsets: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """y = x W^T + bias over the stored form: unpacked at every call. Decode wants ChannelWeight."""
+    return reference.sparse_linear(x, bitmask, packed, offsets, bias)
+
+
+def new_plan(dtype: torch.dtype) -> Plan:
+    """An empty plan; see gpu_plan.py."""
+    from prune_llm_kernels.gpu_plan import GpuPlan
+
+    return GpuPlan(dtype)
+
+
+def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) -> Tensor:
+    """The product in float32, [splits, B, O]; x is [B, I], or a list's."""
+    check_device(x)
+    rows, I, O = x.shape[-2], weight.in_features, weight.out_features
+    block = DENSE_BLOCK if weight.starts is None else weight.tile
+    blocks, chunks = -(-O // block), -(-I // CHUNK)
+    per_split = chunks_per_split(blocks, chunks, multiprocessors(x.device))
+    splits = -(-chunks // per_split)
+    partials_SBO = x.new_empty(splits, rows, O, dtype=torch.float32)
+    lists = (x, x) if channels is None else (channels.listed_CN, channels.counts_C)
+    sizes: dict[str, Any] = {"CHUNK": CHUNK, "BLOCK": block, "LISTED": channels is not None}
+    sizes["EVEN"] = I % CHUNK == 0
+    arguments: tuple[Any, ...]
+    grid, ends = (blocks, splits), (rows, I, O, per_split, chunks)
+    if weight.starts is None:
+        arguments = x, *lists, weight.data, partials_SBO, *ends, weight.data.shape[1]
+        gpu_triton.dense_linear[grid](*arguments, **sizes, **dense_config(rows))
+        return partials_SBO
+    stored = weight.data, weight.data.view(torch.int32), weight.starts
+    if _in_cuda(x, rows, weight, channels is not None):
+        function = gpu_cuda.kernel(x.device, x.dtype, _power(rows), block, channels is not None)
+        tensors = (x, *lists, weight.data, weight.starts, partials_SBO)
+        gpu_cuda.launch(function, grid, tensors, ends)
+        return partials_SBO
+    arguments = x, *lists, *stored, partials_SBO, *ends, weight.data.element_size()
+    sizes |= packed_config(rows, block) | {"NATIVE": native()}
+    if rows > SUMMED_ROWS:
+        gpu_triton.packed_matmul[grid](*arguments[:-1], **sizes)
+    else:
+        load = load_code(weight.dtype, block) if native() else None
+        gpu_triton.packed_linear[grid](*arguments, **sizes, LOAD=load)
+    return partials_SBO
+
+
+def _in_cuda(x: Tensor, rows: int, weight: ChannelWeight, listed: bool) -> bool:
+    """Whether the CUDA kernel multiplies instead of Triton's."""
+    supported = gpu_cuda.supports(x.dtype, rows, weight.in_features, listed)
+    return x.device.type == "cuda" and supported and implementation(x.device) == "cuda"
+
+
+@functools.cache
+def implementation(device: torch.device) -> str:
+    """What multiplies small batches on a device: "cuda" where NVRTC compiles it, else "triton"."""
+    if torch.cuda.get_device_capability(device)[0] * 10 < gpu_cuda.ARCHITECTURE:
+        return "triton"
+    try:
+        gpu_cuda.kernel(device, torch.bfloat16, 1, gpu_layout.BLOCK, True)
+    except (ImportError, RuntimeError, OSError) as error:
+        warnings.warn(f"{error}; the GPU kernels are Triton's, which are slower", stacklevel=2)
+        return "triton"
+    return "cuda"
+
+
+def load_code(dtype: torch.dtype, block: int) -> str | None:
+    """How compiled kernels load weights of a block; None: as Triton does."""
+    if dtype.itemsize != 2:
+        return None
+    return gpu_triton.load_code(dtype is torch.bfloat16, block)
+
+
+def packed_config(rows: int, block: int) -> dict[str, int]:
+    """How a packed kernel is compiled for so many rows."""
+    summed = rows <= SUMMED_ROWS
+    B = _power(rows) if summed else MAX_ROWS
+    step = 8 if summed else 16  # 16: what a matrix instruction multiplies at least
+    return {"B": B, "STEP": step, "num_warps": block // 128}  # a nibble for every thread
+
+
+def dense_config(rows: int) -> dict[str, int]:
+    """How the dense kernel is compiled for so many rows."""
+    B = _power(rows)
+    return {"B": B, "STEP": 16 if B == 1 else 8, "num_warps": 4}
+
+
+def _finished(partials_SBO: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The sum of the splits, rounded once."""
+    splits, B, O = partials_SBO.shape
+    y_BO = partials_SBO.new_empty(B, O, dtype=dtype)
+    gpu_triton.finish_linear[(-(-O // CHUNK),)](
+        partials_SBO,
+        partials_SBO if bias is None else bias,
+        y_BO,
+        B,
+        O,
+        splits,
+        B=_power(B),
+        CHUNK=CHUNK,
+        BIASED=bias is not None,
+    )
+    return y_BO
+
+
+def chunks_per_split(blocks: int, chunks: int, processors: int) -> int:
+    """Chunks that one program reads, so that every multiprocessor has a few programs."""
+    splits = min(chunks, max(1, -(-_WAVES * processors // blocks)))
+    return -(-chunks // splits)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; 2 where kernels are interpreted, so that there are splits to add."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def native() -> bool:
+    """Kernels are compiled, not interpreted on the CPU."""
+    return isinstance(gpu_triton.packed_linear, triton.runtime.JITFunction)
+
+
+def check_device(x: Tensor) -> None:
+    """Raise ValueError where a kernel cannot run."""
+    if native() and x.device.type != "cuda":
+        raise ValueError(f"x is on {x.device}; the GPU kernels run on CUDA devices")
+
+
+def _power(rows: int) -> int:
+    """Rounded up to a power of two."""
+    return 1 << (rows - 1).bit_length()
