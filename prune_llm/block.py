@@ -100,7 +100,12 @@ class Block:
         return within_budget(list(sites), sizes, STATISTICS_BYTES)
 
     def _stages(self) -> list[Stage]:
-        return stages_of(self._sites(), lambda: hidden_of(self._first_batch()), self._walk.adding)
+        sites, walk = self._sites(), self._walk
+        found = stages_of(sites, lambda: hidden_of(self._first_batch()), walk.adding)
+        if walk.ranks.count == 1:
+            return found
+        walk.adding = walk.ranks.of_first(walk.adding)
+        return stages_of(sites, lambda: hidden_of(self._first_batch()), walk.adding)
 
     @torch.no_grad()
     def collect(
@@ -128,7 +133,7 @@ class Block:
     def _sample(self) -> int:
         """Tokens of each batch on which the layer error is measured."""
         assert self._stream is not None
-        return -(-ERROR_TOKENS // len(self._stream))
+        return -(-ERROR_TOKENS // self._walk.batches)
 
     def _collect_batch(self, number: int, statistics: dict[Site, InputStatistics]) -> None:
         assert self._stream is not None
@@ -208,6 +213,7 @@ class Block:
         return self._run(0, self._stream)
 
     def _finish(self, site: Site, statistics: InputStatistics) -> None:
+        statistics.add_up(self._walk.ranks)
         statistics.finish()
         if not all_finite(statistics.square_sum_I):
             self._check_finite()
@@ -282,6 +288,11 @@ class Block:
     def output_change(self, linear: Linear, weight_OI: Tensor) -> float:
         """Mean over tokens of ||h' - h||^2 / ||h||^2: what another weight of a linear does to the
         block's output h, on the first batches."""
+        if not self._walk.ranks.first:
+            return self._walk.ranks.of_first(0.0)
+        return self._walk.ranks.of_first(self._output_change(linear, weight_OI))
+
+    def _output_change(self, linear: Linear, weight_OI: Tensor) -> float:
         assert self._stream is not None
         total, count = 0.0, 0
         dense = linear.module.weight

@@ -25,6 +25,7 @@ from prune_llm.block import Block
 from prune_llm.checkpoint import Checkpoint
 from prune_llm.fused_block import FusedBlock, agrees
 from prune_llm.memory import trim_heap
+from prune_llm.ranks import ALONE, Ranks
 from prune_llm.sites import Site, _complete, _observe
 from prune_llm.stream_files import Store, StreamFile
 from prune_llm.streams import Call, Captured, Stream, hidden_of, same_call, split_call, told
@@ -47,6 +48,7 @@ class Walk:
         goal: of the reconstruction: "block" keeps the dense model's stream, "logits" that behind
             its last block (`final`) and the head; "none".
         store: where the streams are kept; None: in memory.
+        ranks: the processes that share the samples.
     """
 
     def __init__(
@@ -63,12 +65,15 @@ class Walk:
         dense_target: bool = False,
         goal: str = "none",
         store: Store | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.dense_target, self.goal = dense_target, goal
         self.architecture, self.checkpoint = architecture, checkpoint
         self.device, self.dtype = device, dtype
         self._select, self._tick = select, tick
-        self._batches = list(samples_ST.split(batch_size)) if samples_ST is not None else []
+        own_ST = ranks.share(samples_ST) if samples_ST is not None else None
+        self._batches = list(own_ST.split(batch_size)) if own_ST is not None else []
+        self.ranks, self.batches = ranks, sum(ranks.of_all(len(self._batches)))
         self._site_names: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
         self.adding: dict[tuple[str, ...], bool] = {}  # see `sites.stages_of`
         self._agrees: dict[str, bool] = {}  # by the block's modules
@@ -323,7 +328,7 @@ class Walk:
         """
         kinds = tuple(linear.kind for linear in linears)
         if kinds not in self._site_names:
-            self._site_names[kinds] = _observe(linears, run)
+            self._site_names[kinds] = self.ranks.of_first(_observe(linears, run))
         by_kind = {linear.kind: linear for linear in linears}
         grouped = _complete(self._site_names[kinds], kinds)
         reads = Counter(kind for names in grouped for kind in names)
@@ -357,7 +362,7 @@ class Walk:
             cosine, sine = call.kwargs["position_embeddings"]
             angles = cosine[:, :PROBE_TOKENS], sine[:, :PROBE_TOKENS]
             probe_STD = hidden_STD[:1, :PROBE_TOKENS].to(self.device)
-            self._agrees[sort] = agrees(block, probe_STD, angles)
+            self._agrees[sort] = self.ranks.of_first(agrees(block, probe_STD, angles))
         if self._agrees[sort]:
             self.fused.add(index)
 

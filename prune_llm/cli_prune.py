@@ -26,6 +26,7 @@ from prune_llm.methods import METHODS
 from prune_llm.presets import CHOSEN, DEFAULT, PARTS, PRESETS, preset
 from prune_llm.prune import prune
 from prune_llm.pruning_level import Try, prune_within
+from prune_llm.ranks import launched_rank
 from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import PruneReport
 from prune_llm.staging import partial_directory
@@ -192,6 +193,8 @@ def prune_command(
                 on_note=note,
                 **going_on,
             )
+    if launched_rank() > 0:
+        return  # the first process tells
     _print(console, report)
     console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]", soft_wrap=True)
 

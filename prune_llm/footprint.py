@@ -323,7 +323,7 @@ def stream_bytes(job: Job) -> int:
     """Of one stream of hidden states over all samples; 0 without calibration data."""
     if job.calibration is None:
         return 0
-    samples, seq_len = job.calibration.samples_ST.shape
+    samples, seq_len = job.ranks.share(job.calibration.samples_ST).shape
     return samples * seq_len * job.width * job.dtype.itemsize
 
 

@@ -15,6 +15,7 @@ from prune_llm.checkpoint import DTYPES, Checkpoint, Hashing, StoredTensor, open
 from prune_llm.config import PruneConfig
 from prune_llm.expert_tokens import expert_warnings
 from prune_llm.plan import Plan
+from prune_llm.ranks import ALONE, Ranks
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_checkpoint import SparseWriter
@@ -74,6 +75,7 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     done: int = 0
     partly_paired: list[tuple[int, int]] = field(default_factory=list)  # paired, tokens of a site
+    ranks: Ranks = ALONE
 
     @classmethod
     def open(
@@ -83,6 +85,7 @@ class Job:
         device: torch.device,
         on_progress: OnProgress | None,
         calibration: Calibration | None,
+        ranks: Ranks = ALONE,
     ) -> Job:
         checkpoint = open_checkpoint(model)
         architecture = arch.build(checkpoint.directory, checkpoint.tensors)
@@ -99,6 +102,7 @@ class Job:
         job = cls(
             config, checkpoint, architecture, calibration, device, dtype, on_progress, hashing
         )
+        job.ranks = ranks
         job.warnings += calibration_warnings(config, calibration)
         job.warnings += arch.unused_warnings(architecture, checkpoint.tensors)
         return job
@@ -118,6 +122,7 @@ class Job:
             dense_target=self.config.target == "dense" and not survey,
             goal="none" if survey else self.config.reconstruction,
             store=self.store.beside() if survey else self.store,
+            ranks=self.ranks,
         )
 
     @property
@@ -148,7 +153,7 @@ class Job:
         blocks = len(self.architecture.blocks)
         if self.calibration is None:
             return blocks
-        samples = len(self.calibration.samples_ST)
+        samples = len(self.ranks.share(self.calibration.samples_ST))
         extra = {"none": 0, "block": CHECKS, "logits": CHECKS + 1}[self.config.reconstruction]
         walks = 2 if surveys(self.config) else 1
         return blocks * (1 + extra) + walks * (2 * blocks - 1) * -(-samples // self.batch_size)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
@@ -22,6 +24,7 @@ from prune_llm.journal import Settings
 from prune_llm.memory import return_freed_memory
 from prune_llm.model_card import write_card
 from prune_llm.prune_block import prune_block
+from prune_llm.ranks import ALONE, Ranks, joined, launched_count, refuse_launched
 from prune_llm.report import PruneReport
 from prune_llm.slices import with_parts
 from prune_llm.sparse_checkpoint import SparseWriter
@@ -68,6 +71,9 @@ def prune(
     """
     config = config or PruneConfig.of_quality()
     started = time.perf_counter()
+    if launched_count() > 1:
+        check_together(config, resume)
+        return prune_together(model, config, Path(output), on_progress, levels, restart)
     tell = on_note or (lambda _: None)
     with Staging(Path(output), resume, restart) as staging:
         tell_found(staging, resume, tell)
@@ -85,6 +91,46 @@ def prune(
             seconds = commits.seconds_before + time.perf_counter() - started
             finish(staging, report, seconds, directory)
     return report
+
+
+def check_together(config: PruneConfig, resume: bool) -> None:
+    """Raises ValueError for what several processes do not do."""
+    if resume:
+        refuse_launched("resume")
+    if config.reconstruction != "none":
+        refuse_launched(f"reconstruction {config.reconstruction!r}")
+
+
+def prune_together(
+    model: str | os.PathLike[str],
+    config: PruneConfig,
+    output: Path,
+    on_progress: OnProgress | None = None,
+    levels: SparsifyConfig | None = None,
+    restart: bool = False,
+) -> PruneReport:
+    """`prune` in each of the processes that a launcher started; they share the samples.
+
+    The first process writes. A run that is stopped begins anew.
+    """
+    started = time.perf_counter()
+    ranks = joined()
+    with ExitStack() as stack:
+        staging = ranks.done_by_first(lambda: stack.enter_context(Staging(output, restart=restart)))
+        own = stack.enter_context(TemporaryDirectory(prefix="prune-llm-"))
+        directory = (Path(own) if staging is None else staging.directory) / CHECKPOINT
+        windows = None
+        if levels is not None:
+            levels = levels_of(config, levels)
+            windows = draw_windows(model, config, levels.samples, levels.held_out)
+        calibration = None if windows is None else windows.pruning
+        told = on_progress if ranks.first else None
+        report = prune_into(directory, model, config, told, calibration, ranks=ranks)
+        if staging is not None:
+            if levels is not None and windows is not None:
+                add_pruned_levels(directory, levels, windows.apart, report, told)
+            finish(staging, report, time.perf_counter() - started, directory)
+        return ranks.of_first(report)
 
 
 def tell_found(staging: Staging, resume: bool, tell: OnNote) -> None:
@@ -121,6 +167,7 @@ def prune_into(
     on_progress: OnProgress | None = None,
     calibration: Calibration | None = None,
     commits: Commits | None = None,
+    ranks: Ranks = ALONE,
 ) -> PruneReport:
     """Prune into an empty directory and verify it; the report is not written yet.
 
@@ -128,18 +175,19 @@ def prune_into(
         calibration: windows that were drawn already.
         commits: what a stopped run has finished, and where this one's blocks are kept; None: the
             run cannot go on when it is stopped.
+        ranks: the processes that share the samples; only the first fills the directory.
     """
     started = time.perf_counter()
-    device = select_device(config.device)
+    device = ranks.device(select_device(config.device))
     return_freed_memory()
     with disable_tf32(), commits or Commits(directory / "work") as commits:
-        job = Job.open(model, config, device, on_progress, calibration)
+        job = Job.open(model, config, device, on_progress, calibration, ranks)
         commits.begin(job)
         foreseen = commits.foresee(job)
         directory.mkdir(exist_ok=True)
         job.store = commits.store(foreseen.on_disk)
-        job.plan = commits.plan(job)
-        if config.format == "sparse":
+        job.plan = ranks.of_first(commits.plan(job))
+        if config.format == "sparse" and ranks.first:
             job.writer = SparseWriter(commits.directory, job.plan.common)
         walk = job.walk()
         commits.restore(job, walk)
@@ -148,13 +196,17 @@ def prune_into(
             block.pass_on()
             commits.commit(job, walk, block.index, part)
         commits.finish()
-        _write(job, directory)
+        if ranks.first:
+            _write(job, directory)
         seconds = commits.seconds_before + time.perf_counter() - started
         report = job.report(output=str(directory), seconds=seconds)
         report.peak_memory = commits.peak_memory(report.peak_memory)
         report.predicted = asdict(foreseen)
         report.environment["fused blocks"] = f"{len(walk.fused)} of {len(walk.architecture.blocks)}"
-        report.verification = verify(directory, job.checkpoint, report.linears)
+        if ranks.count > 1:
+            report.environment["processes"] = str(ranks.count)
+        if ranks.first:
+            report.verification = verify(directory, job.checkpoint, report.linears)
     return report
 
 

@@ -34,12 +34,14 @@ def prune_block(job: Job, block: Block, directory: Path) -> Part | None:
     """Calibrate, solve site by site, and put the block's weights on disk; where, if it has any."""
     tensors: dict[str, Tensor] = {}
     for site, statistics in block.statistics(needs(job.config)):
-        for linear, disk_name, stored in solve_site(job, block, site, statistics):
+        for linear, disk_name, solved in solve_site(job, block, site, statistics):
+            stored = job.ranks.tensor_of_first(solved)
             block.assign(linear, stored)
             tensors[disk_name] = stored.cpu()
     if job.config.reconstruction != "none":
         reconstruct_block(job, block, tensors)
-    part = save_block(job, block.index, tensors, directory) if tensors else None
+    saves = bool(tensors) and job.ranks.first
+    part = save_block(job, block.index, tensors, directory) if saves else None
     job.tick(block.index, "pruned")
     return part
 

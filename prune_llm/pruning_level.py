@@ -44,6 +44,7 @@ from prune_llm.quality import (
     mean_nll,
     ppl_increase,
 )
+from prune_llm.ranks import refuse_launched
 from prune_llm.report import PruneReport
 from prune_llm.staging import Staging
 from prune_llm.windows import Windows, draw_windows
@@ -127,6 +128,7 @@ def prune_within(
         ValueError: as `prune` does, or the target cannot be met; the message says what can.
     """
     check_max_ppl_increase("max_ppl_increase", max_ppl_increase)
+    refuse_launched("max_ppl_increase")
     config = config or PruneConfig.of_quality()
     levels = None if levels is None else levels_of(config, levels)
     with Staging(Path(output), resume, restart) as staging:

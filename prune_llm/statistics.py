@@ -12,6 +12,7 @@ from enum import IntFlag
 import torch
 from torch import Tensor
 
+from prune_llm.ranks import Ranks
 from prune_llm_kernels import tokens
 
 
@@ -97,6 +98,25 @@ class InputStatistics:
             if shift_TD is not None:
                 self._shift_samples.append(_spaced(shift_TD, sample))
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Make these the sums over all processes; call before `finish`."""
+        if ranks.count == 1:
+            return
+        counts = ranks.of_all((self.tokens, self.paired))
+        self.tokens, self.paired = (sum(numbers) for numbers in zip(*counts, strict=True))
+        shapes = [shape for shape in ranks.of_all(_shape(self.shift_DI)) if shape is not None]
+        if shapes and self.shift_DI is None:
+            self.shift_DI = torch.zeros(shapes[0], device=self.square_sum_I.device)
+        gram_II = None if self._gram is None else self._gram.sum_II
+        sums = (self.square_sum_I, self.sum_I, gram_II, self._difference_II, self.shift_DI)
+        for tensor in sums:
+            if tensor is not None:
+                ranks.sum_(tensor)
+        for kept in (self._samples, self._dense_samples, self._shift_samples):
+            device = self.square_sum_I.device
+            parts = ranks.of_all([rows.cpu() for rows in kept])
+            kept[:] = [rows.to(device) for part in parts for rows in part]
+
     def finish(self) -> None:
         """Call once after the last update; afterwards `gram_II` and `square_sum_I` are final."""
         if self._gram is not None:
@@ -180,6 +200,10 @@ def _add_product(sum_DI: Tensor, left_TD: Tensor, x_TI: Tensor) -> None:
         tokens.cross_add(sum_DI, left_TD.to(x_TI.dtype), x_TI)
     else:
         sum_DI.addmm_(left_TD.T, x_TI.float())
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 def _spaced(x_TI: Tensor, count: int) -> Tensor:
