@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "reconstruction_steps": 6,
         },
     },
-    "experts": {"stride": 14, "model": "experts", "config": {"method": "wanda"}},
+    "experts": {"stride": 11, "model": "experts", "config": {"method": "wanda"}},
     "levels": {
         "stride": 19, "config": {"method": "wanda"}, "levels": {"activation_sparsity": [0.3]}
     },
