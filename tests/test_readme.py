@@ -18,6 +18,9 @@ README = (ROOT / "README.md").read_text()
 # run by a person or by CI itself, not inside the tests
 NOT_HERE = ("git clone", "cd ", "make ", "pip install", "python -m prune_llm.demo.train")
 
+# what a command is in this environment
+MODULES = {"prune-llm": "prune_llm", "torchrun": "torch.distributed.run"}
+
 
 def shell_commands() -> list[str]:
     """Lines of the README's sh blocks, continuation lines joined, comments cut."""
@@ -65,11 +68,11 @@ def test_every_command_runs_in_order(workplace: Path) -> None:
         if command.startswith(NOT_HERE):
             continue
         words = shlex.split(command)
-        assert words[0] == "prune-llm", f"README shows a command that no test runs: {command}"
+        assert words[0] in MODULES, f"README shows a command that no test runs: {command}"
         if words[1] == "serve" or "--url" in words:
             continue  # runs until it is told to end: see below
         done = subprocess.run(
-            [sys.executable, "-m", "prune_llm", *words[1:]],
+            [sys.executable, "-m", MODULES[words[0]], *words[1:]],
             cwd=workplace,
             env=os.environ,
             capture_output=True,
