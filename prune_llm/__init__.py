@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from prune_llm.activation.sparsify import SparsifyConfig as SparsifyConfig
 from prune_llm.activation.sparsify import sparsify as sparsify
+from prune_llm.config import PruneConfig as PruneConfig
 from prune_llm.convert import export as export
 from prune_llm.convert import info as info
+from prune_llm.job import Progress as Progress
 from prune_llm.masks import Pattern as Pattern
-from prune_llm.prune import Progress as Progress
-from prune_llm.prune import PruneConfig as PruneConfig
 from prune_llm.prune import prune as prune
 from prune_llm.pruning_level import prune_within as prune_within
 from prune_llm.registration import register_when_imported

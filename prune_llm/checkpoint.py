@@ -6,13 +6,10 @@ process, and a shard that is damaged says so before anything is computed. Nothin
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -226,6 +223,11 @@ class Hashing:
         except BaseException as error:  # raised again where the result is asked for
             self._found = error
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it is known, after at most so many seconds."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def result(self) -> str:
         """Wait for the hash; raises what reading the checkpoint raised."""
         self._thread.join()
@@ -332,50 +334,17 @@ def companions(directory: Path) -> list[Path]:
     return sorted(path for path in found if path.name not in left_out)
 
 
-class Staging:
-    """A hidden directory beside the output where a run works; it becomes the output at the end.
-
-    Until `publish` the output does not exist, so that a crash never leaves a directory that looks
-    finished. A lock keeps two runs apart; what a killed run left behind is cleared.
-    """
-
-    def __init__(self, output: Path) -> None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ValueError(f"output {str(output)!r}: exists and is not empty; give a new one")
-        self.output = output
-        self.directory = output.parent / f".{output.name}.partial"
-
-    def __enter__(self) -> Staging:
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.output.parent / f".{self.output.name}.lock"
-        self._lock = lock.open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise ValueError(
-                f"output {str(self.output)!r}: another run is writing it; wait or give another one"
-            ) from None
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir()
-        return self
-
-    def publish(self, finished: Path | None = None) -> None:
-        """Give the finished directory, or one inside of it, its name, in one step."""
-        os.replace(finished or self.directory, self.output)
-
-    def __exit__(self, *_exc: object) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            Path(self._lock.name).unlink()
-        self._lock.close()
-
-
 def save_part(file: Path, tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
     """Write the tensors of one block; they are collected into shards by `write_shards`."""
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(file))
+    waiting = [
+        StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), file, 0, tensor.nbytes)
+        for name, tensor in tensors.items()
+    ]
+    header, _ = _layout(waiting)
+    with file.open("wb") as out:
+        out.write(header)
+        for tensor in tensors.values():
+            out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return {tensor.name: tensor for tensor in read_header(file)}
 
 

@@ -25,7 +25,7 @@ from prune_llm.cli_prune import prune_command
 from prune_llm.cli_serve import serve_command
 from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_tables import print_info
-from prune_llm.prune import Progress
+from prune_llm.job import Progress
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -13,9 +13,9 @@ from rich.console import Console
 from prune_llm.cli_prune import OTHER_OPTIONS, add_options, published
 from prune_llm.cli_sparsify import parse_shares
 from prune_llm.cli_tables import new_table, short, size
+from prune_llm.config import PruneConfig
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS
-from prune_llm.prune import PruneConfig
 
 if TYPE_CHECKING:
     from prune_llm_eval.comparison_report import ComparisonReport, Row

@@ -9,8 +9,9 @@ import torch
 from rich.console import Console
 
 from prune_llm.cli_tables import print_prune_report, print_quality
+from prune_llm.config import PruneConfig
 from prune_llm.demo import model_path
-from prune_llm.prune import PruneConfig, prune
+from prune_llm.prune import prune
 
 SPARSITY = "0.5"
 CONFIGS = {

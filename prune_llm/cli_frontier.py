@@ -18,7 +18,7 @@ from prune_llm.cli_prune import (
 )
 from prune_llm.cli_sparsify import parse_shares
 from prune_llm.cli_tables import new_table, size
-from prune_llm.prune import PruneConfig
+from prune_llm.config import PruneConfig
 
 if TYPE_CHECKING:
     from prune_llm_eval.frontier import Combination, FrontierReport

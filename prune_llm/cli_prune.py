@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,13 +19,16 @@ from prune_llm.activation.texts import LEAST_WINDOWS
 from prune_llm.allocation import ALLOCATIONS
 from prune_llm.cli_sparsify import parse_shares, print_levels
 from prune_llm.cli_tables import print_prune_report, print_search
+from prune_llm.config import FORMATS, TARGETS, PruneConfig
+from prune_llm.journal import finished
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS
 from prune_llm.presets import CHOSEN, DEFAULT, PARTS, PRESETS, preset
-from prune_llm.prune import FORMATS, TARGETS, PruneConfig, prune
+from prune_llm.prune import prune
 from prune_llm.pruning_level import Try, prune_within
 from prune_llm.refinement import REFINEMENTS
 from prune_llm.report import PruneReport
+from prune_llm.staging import partial_directory
 
 DEFAULTS = {entry.name: entry.default for entry in fields(PruneConfig)}
 Command = Callable[..., Any]
@@ -92,6 +96,7 @@ OTHER_OPTIONS = (
         help=f"Improve any method's result: {', '.join(REFINEMENTS)} (of mask, of weights).",
     ),
     option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]"),
+    option("activations", help="Where calibration activations are kept: auto, memory or disk."),
     click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'."),
 )
 PRUNE_OPTIONS = (*METHOD_OPTIONS, *OTHER_OPTIONS)
@@ -142,6 +147,8 @@ def add_options(options: tuple[Callable[[Any], Any], ...]) -> Callable[[Command]
     help="Also make a level that costs the pruned model this much perplexity, such as 1%.",
 )
 @add_options(ACTIVATION_OPTIONS)
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped, to the same end.")
+@click.option("--restart", is_flag=True, help="Discard what a stopped run has finished.")
 def prune_command(
     model: str,
     output: str,
@@ -150,27 +157,62 @@ def prune_command(
     max_ppl_increase: str | None,
     **options: Any,
 ) -> None:
-    """Prune MODEL (a directory or a hub name) block by block and write a checkpoint."""
+    """Prune MODEL (a directory or a hub name) block by block and write a checkpoint.
+
+    Stopped, the same command with --resume goes on behind the last finished block.
+    """
     from prune_llm.cli import console, errors, progress_bar
 
+    going_on = {name: options.pop(name) for name in ("resume", "restart")}
     levels = _levels(options)
     if sum(given is not None for given in (sparsity, pattern, max_ppl_increase)) > 1:
         raise click.UsageError("give one of --sparsity, --pattern and --max-ppl-increase")
     config = _config(sparsity, pattern, options)
     target = None if max_ppl_increase is None else parse_target(max_ppl_increase)
-    with progress_bar() as show:
+
+    def note(text: str) -> None:
+        errors.print(text)
+
+    with _told_to_go_on(errors, output), progress_bar() as show:
         if target is None:
-            report = prune(model, config, output, show, levels)
+            report = prune(model, config, output, show, levels, on_note=note, **going_on)
         else:
 
             def tell(tried: Try) -> None:
                 print_try(errors, tried, target)
 
             report = prune_within(
-                model, target, config, output, levels=levels, on_progress=show, on_try=tell
+                model,
+                target,
+                config,
+                output,
+                levels=levels,
+                on_progress=show,
+                on_try=tell,
+                on_note=note,
+                **going_on,
             )
     _print(console, report)
     console.print(f"\nnext: [bold]prune-llm eval {output} --against {model}[/]", soft_wrap=True)
+
+
+@contextmanager
+def _told_to_go_on(console: Console, output: str) -> Iterator[None]:
+    """A run that is stopped says what is done, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        done = finished(partial_directory(Path(output)))
+        if done is not None:
+            console.print(f"stopped with {done} done; the same command with --resume goes on")
+        raise
+    except OSError as error:
+        done = finished(partial_directory(Path(output)))
+        if done is None:
+            raise
+        raise OSError(
+            f"{error}; with {done} done, the same command with --resume goes on"
+        ) from error
 
 
 def quality_chosen(options: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from prune_llm.checkpoint import (
     DTYPES,
     REPORT_FILE,
     Checkpoint,
-    Staging,
     StoredTensor,
     _read_config,
     locate,
@@ -33,12 +32,13 @@ from prune_llm.memory import return_freed_memory
 from prune_llm.slices import stacked
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,
-    SparseWriter,
     finish_directory,
     is_sparse,
     open_sparse,
     open_stored,
 )
+from prune_llm.sparse_writer import SparseWriter
+from prune_llm.staging import Staging
 
 FORMATS = ("dense", "sparse")
 # "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"

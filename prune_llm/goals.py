@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from prune_llm.blocks import Block, Call, Stream, hidden_of
+from prune_llm.block import Block
+from prune_llm.streams import Call, Stream, hidden_of
 from prune_llm.tail import Tail
 
 
@@ -44,7 +45,7 @@ class Runner:
 
     @property
     def samples(self) -> int:
-        return sum(len(batch) for batch in self._stream.batches)
+        return self._stream.samples
 
     def __call__(self, sample: int) -> Tensor:
         """The block's output [1, T, D]."""
@@ -59,8 +60,8 @@ class BlockGoal:
 
     def __init__(self, run: Runner, dense: Stream) -> None:
         self._run, self._dense, self.samples = run, dense, run.samples
-        squares = [float(b.float().square().sum(dtype=torch.float64)) for b in dense.batches]
-        values = sum(batch.numel() for batch in dense.batches)
+        squares = [float(b.float().square().sum(dtype=torch.float64)) for b in dense]
+        values = sum(batch.numel() for batch in dense)
         self._scale = max(sum(squares) / values, torch.finfo(torch.float32).tiny)
 
     def loss(self, sample: int) -> Tensor:

@@ -17,7 +17,8 @@ from prune_llm.masks import Pattern
 from prune_llm.statistics import Needs
 
 if TYPE_CHECKING:
-    from prune_llm.prune import Job, PruneConfig
+    from prune_llm.config import PruneConfig
+    from prune_llm.job import Job
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from prune_llm import architecture as arch
-from prune_llm.blocks import Block
+from prune_llm.block import Block
 from prune_llm.checkpoint import DTYPES, save_part
 from prune_llm.dense_target import aimed_at_dense
 from prune_llm.expert_tokens import method_for, sees_few
@@ -22,15 +22,16 @@ from prune_llm.reconstruct_block import reconstruct_block
 from prune_llm.refinement import refined
 from prune_llm.report import LinearResult
 from prune_llm.sites import Site
+from prune_llm.sparse_writer import Part
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm.windows import needs
 
 if TYPE_CHECKING:
-    from prune_llm.prune import Job
+    from prune_llm.job import Job
 
 
-def prune_block(job: Job, block: Block, directory: Path) -> None:
-    """Calibrate, solve site by site, and put the block's weights on disk."""
+def prune_block(job: Job, block: Block, directory: Path) -> Part | None:
+    """Calibrate, solve site by site, and put the block's weights on disk; where, if it has any."""
     tensors: dict[str, Tensor] = {}
     for site, statistics in block.statistics(needs(job.config)):
         for linear, disk_name, stored in solve_site(job, block, site, statistics):
@@ -38,9 +39,9 @@ def prune_block(job: Job, block: Block, directory: Path) -> None:
             tensors[disk_name] = stored.cpu()
     if job.config.reconstruction != "none":
         reconstruct_block(job, block, tensors)
-    if tensors:
-        save_block(job, block.index, tensors, directory)
+    part = save_block(job, block.index, tensors, directory) if tensors else None
     job.tick(block.index, "pruned")
+    return part
 
 
 def solve_site(
@@ -120,13 +121,15 @@ def _aimed(
     return aimed
 
 
-def save_block(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> None:
+def save_block(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> Part | None:
     """Put the pruned weights of one block on disk, by their names there."""
     if job.writer is None:
-        job.parts |= save_part(directory / f"block-{index:05d}.part", tensors)
-        return
+        file = directory / f"block-{index:05d}.part"
+        job.parts |= save_part(file, tensors)
+        return Part(file)
     sizes = job.writer.add(tensors, [r.tensor for r in job.linears if r.transposed])
     job.linears = [replace(r, bytes_after=sizes.get(r.tensor, r.bytes_after)) for r in job.linears]
+    return job.writer.last
 
 
 def _warn_rank(job: Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:

@@ -7,12 +7,13 @@ is the result.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,21 @@ from typing import Any
 from torch import Tensor
 
 from prune_llm.activation.sparsify import SparsifyConfig
-from prune_llm.checkpoint import Staging, locate
+from prune_llm.checkpoint import REPORT_FILE, locate, open_checkpoint
+from prune_llm.commits import Commits, without_unread
+from prune_llm.config import PruneConfig
+from prune_llm.durability import sync_directory, sync_tree
+from prune_llm.job import OnNote, OnProgress, Progress
+from prune_llm.journal import TRY, Journal, Record, Settings, check_settings
 from prune_llm.memory import return_freed_memory
 from prune_llm.prune import (
-    OnProgress,
-    Progress,
-    PruneConfig,
+    CHECKPOINT,
     add_pruned_levels,
     finish,
     levels_of,
     prune_into,
+    settings_of,
+    tell_found,
 )
 from prune_llm.quality import (
     batches,
@@ -39,6 +45,7 @@ from prune_llm.quality import (
     ppl_increase,
 )
 from prune_llm.report import PruneReport
+from prune_llm.staging import Staging
 from prune_llm.windows import Windows, draw_windows
 
 # sparsities are tried in whole percent, from the first one on
@@ -98,6 +105,9 @@ def prune_within(
     levels: SparsifyConfig | None = None,
     on_progress: OnProgress | None = None,
     on_try: OnTry | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    on_note: OnNote | None = None,
 ) -> PruneReport:
     """Prune ``model`` as far as its perplexity grows by at most ``max_ppl_increase``.
 
@@ -110,77 +120,173 @@ def prune_within(
         config: its pattern is not read; None: `PruneConfig.of_quality`.
         levels: activation levels for the result, as `prune` takes them.
         on_try: told of every sparsity tried.
+        resume, restart, on_note: as `prune` takes them. A stopped search goes on behind the last
+            sparsity tried, and behind the last block of the one that was being tried.
 
     Raises:
         ValueError: as `prune` does, or the target cannot be met; the message says what can.
     """
     check_max_ppl_increase("max_ppl_increase", max_ppl_increase)
     config = config or PruneConfig.of_quality()
-    started = time.perf_counter()
     levels = None if levels is None else levels_of(config, levels)
-    with Staging(Path(output)) as staging:
+    with Staging(Path(output), resume, restart) as staging:
+        tell = on_note or (lambda _: None)
+        tell_found(staging, resume, tell)
         others, held_out = (levels.samples, levels.held_out) if levels else (None, None)
         windows = draw_windows(model, config, others, held_out)
-        search = _Search(staging.directory, locate(model), config, windows, on_progress, on_try)
+        own = settings_of(levels, windows)
+        search = _Search(staging, locate(model), config, windows, own, on_progress, on_try)
+        search.on_note = tell
         report = search.run(max_ppl_increase)
+        directory = staging.directory / CHECKPOINT
+        _copy(search.kept, directory)
         if levels is not None:
-            add_pruned_levels(search.kept, levels, windows.apart, report, on_progress)
-        finish(staging, report, time.perf_counter() - started, search.kept)
+            add_pruned_levels(directory, levels, windows.apart, report, on_progress)
+        finish(staging, report, search.seconds, directory)
     return report
 
 
-@dataclass
-class _Search:
-    """What was tried so far; ``kept`` is the directory of the largest sparsity allowed."""
+def _copy(source: Path, directory: Path) -> None:
+    """The weights by a second name where the file system can, so that they take no room."""
+    directory.mkdir()
+    for file in source.iterdir():
+        try:
+            if file.suffix != ".safetensors":
+                raise OSError(errno.ENOTSUP, "must not change with its copy")
+            os.link(file, directory / file.name)
+        except OSError:
+            shutil.copyfile(file, directory / file.name)
 
-    directory: Path
-    model: Path
-    config: PruneConfig
-    windows: Windows
-    on_progress: OnProgress | None
-    on_try: OnTry | None
-    tried: dict[int, float] = field(default_factory=dict)
-    step: str = ""
+
+class _Search:
+    """What was tried so far; ``kept`` is the directory of the largest sparsity allowed.
+
+    The journal has a record of each sparsity tried, written when what it left is in its place.
+    """
+
+    def __init__(
+        self,
+        staging: Staging,
+        model: Path,
+        config: PruneConfig,
+        windows: Windows,
+        settings: Settings,
+        on_progress: OnProgress | None,
+        on_try: OnTry | None,
+    ) -> None:
+        self.staging, self.directory, self.model = staging, staging.directory, model
+        self.config, self.windows, self.settings = config, windows, settings
+        self.on_progress, self.on_try = on_progress, on_try
+        self.on_note: OnNote = lambda _: None
+        self.journal = Journal(self.directory)
+        self.tried: dict[int, float] = {}
+        self.step = ""
+        self._before, self._started = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Spent, by stopped runs too."""
+        return self._before + time.perf_counter() - self._started
+
+    @property
+    def found(self) -> int | None:
+        """The largest sparsity allowed so far, in percent."""
+        records = self.journal.of_kind("try")
+        return max((r["percent"] for r in records if r["increase"] <= self.allowed), default=None)
 
     @property
     def kept(self) -> Path:
-        return self.directory / "kept"
+        return self.directory / f"kept-{self.found}"
 
     def run(self, allowed: float) -> PruneReport:
         """Leaves the pruned model in ``kept`` and returns its report."""
+        self.allowed = allowed
+        self._begin()
         texts = {"search": self.windows.search_ST, "held_out": self.windows.report_ST}
-        dense = self._measure(self.model, texts)
-        report: PruneReport | None = None
+        dense = self._dense(texts)
+        for record in self.journal.of_kind("try"):
+            self._note(record)
         while (percent := next_try(self.tried, allowed)) is not None:
-            report = self._try(percent, dense["search"], allowed) or report
-        if report is None:
+            self._try(percent, dense["search"])
+        if self.found is None:
             least = self.tried[LEAST]
             raise ValueError(
                 f"max_ppl_increase {allowed:.4g}: cannot be met, a sparsity of {LEAST}% already "
                 f"costs {least:.2%} on the search windows; allow at least {1.05 * least:.2%}"
             )
         self.step = "found"
+        report = PruneReport.load(self.kept / REPORT_FILE)
         held_out = self._measure(self.kept, {"held_out": texts["held_out"]})["held_out"]
         report.search = self._figures(allowed, dense, held_out)
         return report
 
-    def _try(self, percent: int, dense_nll: float, allowed: float) -> PruneReport | None:
-        """Prune and measure. What is allowed is the largest so far, and kept; else None."""
+    def _begin(self) -> None:
+        """Take up what a stopped search has tried.
+
+        Raises:
+            CannotResume: it was begun with other settings.
+        """
+        calibration = self.windows.pruning
+        options = without_unread(self.config) | {"max_ppl_increase": self.allowed}
+        del options["pattern"]
+        options |= self.settings.get("options", {})
+        inputs = {
+            "the model": open_checkpoint(self.model).sha256(),
+            "the calibration text": None if calibration is None else calibration.sha256,
+            "the text beside it": self.windows.apart_sha256,
+        }
+        settings = {"options": options, "inputs": inputs}
+        if self.journal.records:
+            check_settings(str(self.directory), self.journal.records[0], settings)
+        else:
+            self.journal.append({"kind": "settings", **settings})
+        self.staging.taken = True
+        latest = [r["seconds"] for r in self.journal.records if "seconds" in r]
+        self._before = latest[-1] if latest else 0.0
+        tried = {f"{TRY}{record['percent']}" for record in self.journal.of_kind("try")}
+        for path in self.directory.iterdir():
+            trying = path.name.startswith(TRY) and path.name not in tried
+            if path.is_dir() and not trying and path != self.kept:
+                shutil.rmtree(path)
+
+    def _dense(self, texts: dict[str, Tensor]) -> dict[str, float]:
+        """The dense model's negative log likelihoods."""
+        for record in self.journal.of_kind("dense"):
+            return {text: float(record["nll"][text]) for text in texts}
+        nll = self._measure(self.model, texts)
+        self.journal.append({"kind": "dense", "nll": nll, "seconds": self.seconds})
+        return nll
+
+    def _try(self, percent: int, dense_nll: float) -> None:
+        """Prune and measure; what is allowed, the largest so far, is kept."""
         self.step = f"try {len(self.tried) + 1}: {percent}%"
-        directory = self.directory / "try"
-        directory.mkdir()
         config = replace(self.config, pattern=f"{percent / 100:.2f}")
-        report = prune_into(directory, self.model, config, self._tell, self.windows.pruning)
-        nll = self._measure(directory, {"search": self.windows.search_ST})["search"]
-        increase = self.tried[percent] = ppl_increase(nll, dense_nll)
+        before = self.kept
+        work = self.directory / f"{TRY}{percent}"
+        pruned = work / CHECKPOINT
+        tell = self.on_note if not self.tried else (lambda _: None)
+        with Commits(work, self.staging, tell=tell, whole=True) as commits:
+            windows = self.windows.pruning
+            report = prune_into(pruned, self.model, config, self._tell, windows, commits)
+            report.save(pruned / REPORT_FILE)
+            nll = self._measure(pruned, {"search": self.windows.search_ST})["search"]
+        increase = ppl_increase(nll, dense_nll)
+        if increase <= self.allowed:
+            sync_tree(pruned)
+            pruned.rename(self.directory / f"kept-{percent}")
+            sync_directory(self.directory)
+        record = {"percent": percent, "increase": increase, "seconds": self.seconds}
+        self.journal.append({"kind": "try", **record})
+        self._note(record)
+        shutil.rmtree(work)
+        if before != self.kept:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def _note(self, record: Record) -> None:
+        """A sparsity that was tried, now or before a stop."""
+        self.tried[record["percent"]] = record["increase"]
         if self.on_try is not None:
-            self.on_try(Try(percent / 100, increase))
-        if not increase <= allowed:
-            shutil.rmtree(directory)
-            return None
-        shutil.rmtree(self.kept, ignore_errors=True)
-        directory.rename(self.kept)
-        return report
+            self.on_try(Try(record["percent"] / 100, record["increase"]))
 
     def _measure(self, directory: Path, texts: dict[str, Tensor]) -> dict[str, float]:
         """Negative log likelihoods by text."""
@@ -200,7 +306,8 @@ class _Search:
 
     def _figures(self, allowed: float, dense: dict[str, float], held_out: float) -> dict[str, Any]:
         """What the report says of the search."""
-        found = max(percent for percent, increase in self.tried.items() if increase <= allowed)
+        found = self.found
+        assert found is not None
         return {
             "max_ppl_increase": allowed,
             "sparsity": found / 100,

@@ -24,8 +24,8 @@ def load_to_measure(directory: Path, device: str, dtype: str) -> PreTrainedModel
     """A checkpoint of either form, whole; ``device`` and ``dtype`` as in `PruneConfig`."""
     from transformers.utils import logging
 
+    from prune_llm.config import select_device
     from prune_llm.integration import load
-    from prune_llm.prune import select_device
 
     logging.disable_progress_bar()
     model = load(directory, dtype=None if dtype == "auto" else RUN_DTYPES[dtype])

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from prune_llm.blocks import Block
+from prune_llm.block import Block
 from prune_llm.goals import BlockGoal, Goal, LogitsGoal, Runner, in_float32
 from prune_llm.reconstruction import CHECKS, DEFAULT_STEPS, Training, default_rate, train
 from prune_llm.report import count_nonzero
 from prune_llm.tail import Tail
 
 if TYPE_CHECKING:
-    from prune_llm.prune import Job
+    from prune_llm.job import Job
 
 
 def reconstruct_block(job: Job, block: Block, tensors: dict[str, Tensor]) -> None:

@@ -100,6 +100,11 @@ class LinearResult:
             tokens=tokens,
         )
 
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> LinearResult:
+        """From JSON."""
+        return cls(**{**saved, "shape": tuple(saved["shape"])})
+
 
 def count_nonzero(weight: Tensor) -> int:
     """Weights that are not zero; none may be -0.0.
@@ -116,7 +121,8 @@ class PruneReport:
     """The whole run.
 
     Attributes:
-        peak_memory: bytes, of the process and of the GPU.
+        peak_memory: bytes, of the process and of the GPU; predicted: what was foreseen before the
+            work (`footprint.Footprint`).
         search: what was tried for a target in quality and what the found sparsity costs; None
             where the sparsity was given (`pruning_level.prune_within`).
         levels: of activation sparsity, where some were asked for; saved by name here, and whole in
@@ -143,6 +149,7 @@ class PruneReport:
     levels: SparsifyReport | None = None
     reconstruction: list[BlockReconstruction] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    predicted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -157,6 +164,15 @@ class PruneReport:
 
     def total(self) -> KindResult:
         return KindResult.of("total", self.linears)
+
+    @classmethod
+    def load(cls, file: Path) -> PruneReport:
+        """One that was saved without levels."""
+        saved = json.loads(file.read_text())
+        assert saved["levels"] == []
+        saved["linears"] = [LinearResult.restored(found) for found in saved["linears"]]
+        saved["reconstruction"] = [BlockReconstruction(**r) for r in saved["reconstruction"]]
+        return cls(**{**saved, "levels": None})
 
     def save(self, file: Path) -> None:
         saved = asdict(replace(self, levels=None))
@@ -226,6 +242,20 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peak["gpu"] = torch.cuda.max_memory_allocated(device)
     return peak
+
+
+def resident_memory() -> int:
+    """Of this process now, in bytes; its peak where the system does not tell."""
+    status = Path("/proc/self/statm")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.read_text().split()[1]) * resource.getpagesize()
+
+
+def highest(peaks: list[dict[str, int]]) -> dict[str, int]:
+    """The highest of each entry."""
+    names = dict.fromkeys(name for peak in peaks for name in peak)
+    return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
 
 
 def restart_peak_memory(device: torch.device) -> bool:

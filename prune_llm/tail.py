@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from prune_llm.blocks import Walk, hidden_of
+from prune_llm.blocks import Walk
+from prune_llm.streams import hidden_of
 
 # tokens whose logits are held at once
 HEAD_TOKENS = 256

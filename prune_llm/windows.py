@@ -6,6 +6,7 @@ what is reported comes from windows that neither saw.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from prune_llm.methods import METHODS
 from prune_llm.statistics import Needs
 
 if TYPE_CHECKING:
-    from prune_llm.prune import PruneConfig
+    from prune_llm.config import PruneConfig
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class Windows:
     @property
     def report_ST(self) -> Tensor:
         return self.apart.report_ST
+
+    @property
+    def apart_sha256(self) -> str:
+        """Hash of the windows that pruning does not see."""
+        digest = hashlib.sha256()
+        for windows_ST in (self.apart.fit_ST, self.apart.search_ST, self.report_ST):
+            digest.update(windows_ST.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def needs(config: PruneConfig) -> Needs:

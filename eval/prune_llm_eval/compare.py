@@ -23,9 +23,9 @@ from prune_llm.calibration import (
     read_documents,
     tokenize,
 )
+from prune_llm.config import select_device
 from prune_llm.demo import stories
 from prune_llm.experts import DOWN, GATE_UP, UP, is_fused
-from prune_llm.prune import select_device
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm.sparse_experts import SparseExperts, packed_weights
 from prune_llm.vocabulary import Vocabulary

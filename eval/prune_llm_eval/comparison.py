@@ -23,11 +23,12 @@ from torch import Tensor
 
 from prune_llm.activation.texts import OVERLAP, overlap
 from prune_llm.calibration import BUNDLED, Calibration
+from prune_llm.config import PruneConfig, select_device
+from prune_llm.job import Job
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
-from prune_llm.prune import Job, PruneConfig, select_device
 from prune_llm.quality import load_to_measure
-from prune_llm.report import environment, peak_memory, restart_peak_memory
+from prune_llm.report import environment, highest, peak_memory, restart_peak_memory
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.windows import describe, needs, surveys
 from prune_llm_eval.compare import EvalConfig, text_windows
@@ -42,7 +43,6 @@ from prune_llm_eval.variants import (
     SharedStatistics,
     Variant,
     check_plan,
-    highest,
 )
 
 if TYPE_CHECKING:

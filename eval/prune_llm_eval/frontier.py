@@ -28,14 +28,17 @@ from prune_llm.activation.sparsify import REPORT_FILE as LEVELS_REPORT_FILE
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import LEAST_WINDOWS
-from prune_llm.checkpoint import REPORT_FILE, Staging, locate
+from prune_llm.checkpoint import REPORT_FILE, locate
+from prune_llm.config import PruneConfig, select_device
 from prune_llm.decoder import new_decoder
 from prune_llm.generation import load_tokenizer
+from prune_llm.job import Progress
 from prune_llm.memory import return_freed_memory
-from prune_llm.prune import Progress, PruneConfig, levels_of, prune_into, select_device
+from prune_llm.prune import levels_of, prune_into
 from prune_llm.quality import load_to_measure, mean_nll, ppl_increase
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import open_stored
+from prune_llm.staging import Staging
 from prune_llm.windows import Windows, draw_windows
 from prune_llm_eval.speed import OnProgress, check_context, time_plan
 

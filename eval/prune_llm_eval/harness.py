@@ -30,8 +30,8 @@ from prune_llm.activation.gates import Gates, score
 from prune_llm.activation.levels import DENSE
 from prune_llm.activation.sites import ModelSite, table_sites
 from prune_llm.architecture import RUN_DTYPES
+from prune_llm.config import select_device
 from prune_llm.integration import load
-from prune_llm.prune import select_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,7 +26,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from prune_llm.activation.levels import DENSE, LevelTable
 from prune_llm.calibration import load_tokenizer
-from prune_llm.prune import select_device
+from prune_llm.config import select_device
 from prune_llm.sparse_checkpoint import SparseCheckpoint, open_stored
 from prune_llm_eval.harness import PruneLM
 from prune_llm_eval.paired import Paired, combine, compare_pairs, jackknife

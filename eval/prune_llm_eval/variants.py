@@ -17,16 +17,20 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from prune_llm.blocks import Block
+from prune_llm.block import Block
 from prune_llm.checkpoint import read_header
+from prune_llm.config import PruneConfig
+from prune_llm.footprint import streams_on_disk
+from prune_llm.job import Job, Progress
 from prune_llm.memory import return_freed_memory
 from prune_llm.plan import Plan, make_plan
-from prune_llm.prune import Job, Progress, PruneConfig, prune_into
+from prune_llm.prune import prune_into
 from prune_llm.prune_block import save_block, solve_site
-from prune_llm.report import LinearResult, peak_memory, restart_peak_memory
+from prune_llm.report import LinearResult, highest, peak_memory, restart_peak_memory
 from prune_llm.sites import Site
-from prune_llm.sparse_checkpoint import SparseWriter
+from prune_llm.sparse_writer import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, disable_tf32
+from prune_llm.stream_files import Store
 from prune_llm.verification import verify
 from prune_llm.windows import needs, needs_no_text
 from prune_llm_eval.journal import Journal
@@ -121,6 +125,7 @@ class SharedStatistics:
     ) -> None:
         self._base, self._journal, self._work = base, journal, work
         self._on_progress, self._done = on_progress, 0
+        base.store = Store(work, streams_on_disk(base))
         self._jobs = {variant: _job(base, config) for variant, config in configs.items()}
         self._peaks: dict[Variant, dict[str, int]] = {variant: {} for variant in configs}
         self._needs = reduce(or_, map(needs, configs.values()), Needs.NOTHING)
@@ -200,9 +205,7 @@ class SharedStatistics:
         """A block of a variant that was solved, now or before a stop."""
         job = self._jobs[variant]
         self._waiting[record["block"]].remove(variant)
-        job.linears += [
-            LinearResult(**{**found, "shape": tuple(found["shape"])}) for found in record["linears"]
-        ]
+        job.linears += [LinearResult.restored(found) for found in record["linears"]]
         job.warnings += record["warnings"]
         self._peaks[variant] = highest([self._peaks[variant], record["peak_memory"]])
 
@@ -246,9 +249,3 @@ def check_plan(base: Job) -> None:
             "nothing to prune: every linear of every block is ignored "
             f"({', '.join(config.ignore)}) or tied"
         )
-
-
-def highest(peaks: list[dict[str, int]]) -> dict[str, int]:
-    """The highest of each entry."""
-    names = dict.fromkeys(name for peak in peaks for name in peak)
-    return {name: max(peak.get(name, 0) for peak in peaks) for name in names}

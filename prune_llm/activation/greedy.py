@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prune_llm.activation.curve import HIGHEST, Curve, Task, units
 from prune_llm.activation.gates import Gates
 from prune_llm.architecture import _decoder_blocks
-from prune_llm.blocks import Call, _split_call
+from prune_llm.streams import Call, split_call
 
 # share of a block's weights that one step gates, and the tokens its error is measured on
 STEP = 0.005
@@ -90,7 +90,7 @@ def _captured(task: Task) -> list[_Block]:
     _, blocks = _decoder_blocks(model)
 
     def catch(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> None:
-        hidden_BTD, call = _split_call(args, kwargs)
+        hidden_BTD, call = split_call(args, kwargs)
         found.append(_Block(len(found), module, hidden_BTD, call, _hidden(answer)))
 
     handles = [block.register_forward_hook(catch, with_kwargs=True) for block in blocks]

@@ -21,10 +21,10 @@ from prune_llm.activation.sites import GRANULARITIES
 from prune_llm.activation.texts import Texts, read_texts
 from prune_llm.architecture import RUN_DTYPES, text_width
 from prune_llm.calibration import BUNDLED, Source, check_seq_len, load_tokenizer
-from prune_llm.checkpoint import Staging
 from prune_llm.quality import check_max_ppl_increase, load_to_measure, ppl_increase
 from prune_llm.report import environment
 from prune_llm.sparse_checkpoint import open_stored
+from prune_llm.staging import Staging
 
 REPORT_FILE = "activation_report.json"
 DEFAULT_SPARSITIES = (0.25, 0.4, 0.5)

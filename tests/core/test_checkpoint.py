@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import llama_config, save_model
 
 from prune_llm import checkpoint as module
-from prune_llm.checkpoint import Staging, open_checkpoint, read_header, write_shards
+from prune_llm.checkpoint import open_checkpoint, read_header, write_shards
+from prune_llm.staging import Staging
 
 
 @pytest.fixture

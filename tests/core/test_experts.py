@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 import prune_llm
-from prune_llm import PruneConfig, blocks, prune
+from prune_llm import PruneConfig, block, prune
 from prune_llm.activation.sparsify import SparsifyConfig, sparsify
 from prune_llm.architecture import build
-from prune_llm.blocks import Block
+from prune_llm.block import Block
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import Experts, unfuse, with_index, without_index
@@ -315,7 +315,7 @@ def test_statistics_in_several_passes_are_those_of_one(
     monkeypatch.setattr(Block, "_run", counted(Block._run, ran))
     held = {}
     for name, budget in (("one", 1 << 30), ("several", 3 * 2 * 4 * 48 * 48)):
-        monkeypatch.setattr(blocks, "STATISTICS_BYTES", budget)
+        monkeypatch.setattr(block, "STATISTICS_BYTES", budget)
         ran.clear()
         prune(source, config, tmp_path / name)
         held[name] = len(ran)
@@ -327,9 +327,9 @@ def test_statistics_in_several_passes_are_those_of_one(
 
 
 def counted(run: Any, ran: list[str]) -> Any:
-    def counting(block: Block, *arguments: Any) -> Any:
-        ran.append(block.name)
-        return run(block, *arguments)
+    def counting(self: Block, *arguments: Any) -> Any:
+        ran.append(self.name)
+        return run(self, *arguments)
 
     return counting
 

@@ -24,7 +24,8 @@ import prune_llm
 from prune_llm import PruneConfig, prune
 from prune_llm import architecture as arch
 from prune_llm import blocks as blocks_module
-from prune_llm.blocks import Block, Walk, hidden_of
+from prune_llm.block import Block
+from prune_llm.blocks import Walk
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import without_index
@@ -32,6 +33,7 @@ from prune_llm.report import PruneReport
 from prune_llm.sparse_checkpoint import open_sparse
 from prune_llm.sparse_experts import packed_weights
 from prune_llm.statistics import Needs
+from prune_llm.streams import hidden_of
 from prune_llm_kernels import dispatch
 
 METHODS = {"magnitude": "0.5", "wanda": "2:4", "sparsegpt": "0.5"}
@@ -83,18 +85,25 @@ def _prune(source: Path, folder: Path, name: str, method: str, corpus: Path) -> 
     outputs: list[Tensor] = []
     samples: list[Tensor] = []
 
-    def close(block: Block) -> None:
+    pass_on = Block.pass_on
+
+    @torch.no_grad()
+    def recorded(block: Block) -> None:
         """The stream is behind every block but the last, which nobody needs to run."""
-        stream = block.stream
-        if block.index + 1 == len(block.walk.architecture.blocks):
-            block.propagate()
-        outputs.append(torch.cat(stream.batches))
-        samples[:] = block.walk._batches
+        if not block._passed:
+            last, stream = block.index + 1 == len(block.walk.architecture.blocks), block.stream
+            if last:
+                block.propagate()
+                outputs.append(torch.cat(list(stream)))
+            samples[:] = block.walk._batches
+            pass_on(block)
+            if not last:
+                outputs.append(torch.cat(list(stream)))
 
     with pytest.MonkeyPatch.context() as patch:
         # a fused block rounds once where the model rounds after every operation
         patch.setattr(blocks_module, "agrees", lambda *_: False)
-        patch.setattr(Block, "close", close)
+        patch.setattr(Block, "pass_on", recorded)
         shared = {**SETTINGS, "method": method, "pattern": METHODS[method]}
         shared |= {"calibration": str(corpus), "ignore": FAMILIES[name].ignore}
         report = prune(source, PruneConfig(**shared, format="dense"), folder / "dense")
@@ -231,9 +240,9 @@ def test_the_walk_is_the_whole_model(name: str, saved: Any, monkeypatch: Any) ->
         if block.index == 1:
             assert tuple(dict.fromkeys(found)) == family.sites
             block.propagate()
-            assert_same(name, torch.cat(block.stream.batches), expected[1])
+            assert_same(name, torch.cat(list(block.stream)), expected[1])
         else:
-            first = torch.cat(block.stream.batches)
+            first = torch.cat(list(block.stream))
     assert bool(first.isfinite().all())
 
 

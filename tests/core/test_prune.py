@@ -79,7 +79,7 @@ def test_stream_flows_through_pruned_blocks(
     """Each block's statistics are those of its inputs in the finished pruned model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr("prune_llm.blocks.ERROR_TOKENS", 8 * 64)  # all of them
+    monkeypatch.setattr("prune_llm.block.ERROR_TOKENS", 8 * 64)  # all of them
     prune(tiny_llama, config(corpus, method=method, sampling="first"), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     seen: dict[str, Tensor] = {}

@@ -213,7 +213,7 @@ def test_statistics_are_those_of_the_two_finished_models(
     """A site sees all linears before it as they are in the end; so the error it reports is true."""
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("prune_llm.blocks.ERROR_TOKENS", 8 * 64)  # all of them
+    monkeypatch.setattr("prune_llm.block.ERROR_TOKENS", 8 * 64)  # all of them
     settings = config(corpus, method="wanda", sampling="first", batch_size=4)
     prune(tiny_llama, settings, tmp_path / "out")
     ids = AutoTokenizer.from_pretrained(tiny_llama)(corpus.read_text())["input_ids"][: 8 * 64]
@@ -288,9 +288,9 @@ def test_two_streams(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     for block in walk:
         assert block._stream is not None and block._dense is not None
-        found = torch.cat(block._dense.batches)
+        found = torch.cat(list(block._dense))
         torch.testing.assert_close(found, expected[block.index], rtol=1e-5, atol=1e-5)
-        distance = (torch.cat(block._stream.batches) - found).norm()
+        distance = (torch.cat(list(block._stream)) - found).norm()
         assert (distance == 0) == (block.index == 0)
         stages = block._stages()
         assert {s.kinds[0] for s in stages if s.silent} == ADDED[name]

@@ -23,13 +23,13 @@ from families import FAMILIES
 from tiny_models import SIZES, llama_config, save_model
 
 from prune_llm import PruneConfig, prune
-from prune_llm.checkpoint import Staging
 from prune_llm.integration import load
+from prune_llm.job import Job
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS, Problem
-from prune_llm.prune import Job
 from prune_llm.report import peak_memory, restart_peak_memory
 from prune_llm.sparse_checkpoint import open_stored
+from prune_llm.staging import Staging
 from prune_llm.statistics import Needs
 from prune_llm_eval import comparison, variants
 from prune_llm_eval.compare import evaluate_all, zeros_share
