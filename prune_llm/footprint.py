@@ -312,8 +312,10 @@ def _measured(widths: list[int], staged: bool) -> int:
     each = 8 if staged else 4
     together = sum(width * width for width in widths)
     if staged:
-        together = max(count * width * width for width, count in Counter(widths).items())
-    return each * max(max(widths) ** 2, min(together, STATISTICS_BYTES // each))
+        counts = Counter(widths).items()
+        together = max((count * width * width for width, count in counts), default=0)
+    largest = max(widths, default=0) ** 2
+    return each * max(largest, min(together, STATISTICS_BYTES // each))
 
 
 def _values(module: nn.Module) -> int:
