@@ -32,8 +32,13 @@ class Steps:
 
     def __init__(self, at: Callable[[int, str], None]) -> None:
         self.done = 0
-        for name in STEPS:
-            setattr(os, name, self._counted(name, getattr(os, name), at))
+        self._before = {name: getattr(os, name) for name in STEPS}
+        for name, call in self._before.items():
+            setattr(os, name, self._counted(name, call, at))
+
+    def end(self) -> None:
+        for name, call in self._before.items():
+            setattr(os, name, call)
 
     def _counted(self, name: str, call: Any, at: Callable[[int, str], None]) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -144,18 +149,15 @@ def interrupted(request: dict[str, Any], place: Path, step: int, stop: str) -> d
 
 
 def counted(request: dict[str, Any], place: Path) -> tuple[int, dict[str, str]]:
-    """Steps of a run that nothing stops, and what it writes."""
+    """Steps of a run that nothing stops, and what it writes.
+
+    In this process, so that whatever is loaded when it is first needed is loaded before a fork.
+    """
     place.mkdir()
-    reading = place / "steps"
-
-    def work() -> None:
-        steps = Steps(lambda *_: None)
-        run(request, place / "out", resume=False)
-        reading.write_text(str(steps.done))
-
-    status, said = forked(work)
-    assert status == 0, said
-    return int(reading.read_text()), content(place / "out")
+    steps = Steps(lambda *_: None)
+    run(request, place / "out", resume=False)
+    steps.end()
+    return steps.done, content(place / "out")
 
 
 def answered(request: dict[str, Any]) -> dict[str, Any]:
@@ -175,9 +177,6 @@ def answered(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     requests = [json.loads(line) for line in sys.stdin]
     torch.set_num_threads(1)
-    for request in requests:  # whatever is loaded when it is first needed is loaded before a fork
-        place = Path(request["place"])
-        run(request, place.with_name(place.name + "-warm"), resume=False)
     for request in requests:
         print(json.dumps(answered(request)), flush=True)
 

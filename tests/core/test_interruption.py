@@ -27,26 +27,26 @@ ALL = ["SIGKILL", "SIGINT", "full"]
 # config, and how many durable steps lie between two runs that are stopped
 VARIANTS: dict[str, dict[str, Any]] = {
     "wanda": {"stride": 7, "config": {"method": "wanda"}},
-    "no data, N:M": {"stride": 13, "config": {"method": "magnitude", "pattern": "2:4"}},
+    "no data, N:M": {"stride": 15, "config": {"method": "magnitude", "pattern": "2:4"}},
     "best, on disk": {
-        "stride": 17,
+        "stride": 30,
         "config": {
             "method": "wanda", "target": "dense", "refine": "backsolve", "allocation": "error",
             "reconstruction": "logits", "reconstruction_steps": 6, "activations": "disk",
         },
     },
     "dense form": {
-        "stride": 17,
+        "stride": 22,
         "config": {
             "method": "sparsegpt", "format": "dense", "reconstruction": "block",
             "reconstruction_steps": 6,
         },
     },
-    "experts": {"stride": 13, "model": "experts", "config": {"method": "wanda"}},
+    "experts": {"stride": 11, "model": "experts", "config": {"method": "wanda"}},
     "levels": {
-        "stride": 23, "config": {"method": "wanda"}, "levels": {"activation_sparsity": [0.3]}
+        "stride": 19, "config": {"method": "wanda"}, "levels": {"activation_sparsity": [0.3]}
     },
-    "search": {"stride": 37, "config": {"method": "wanda"}, "within": MOST},
+    "search": {"stride": 30, "config": {"method": "wanda"}, "within": MOST},
 }  # fmt: skip
 
 
@@ -84,7 +84,8 @@ def answers(
     place = tmp_path_factory.mktemp("killed")
     lines = [
         json.dumps({
-            "stop": ALL, "place": str(place / name.replace(" ", "-")), **variant,
+            "stop": ALL, "first": variant["stride"] // 2, **variant,
+            "place": str(place / name.replace(" ", "-")),
             "model": str(models[variant.get("model", "llama")]),
             "config": {**settings(corpus), **variant["config"]},
         })
@@ -124,7 +125,8 @@ def test_stopped_at_any_step_it_ends_with_the_same_bytes(
 
 
 def test_blocks_were_kept(answers: dict[str, Any]) -> None:
-    assert all(sum(r["journal"] for r in a["runs"]) >= 2 for a in answers.values())
+    assert all(any(run["journal"] for run in answer["runs"]) for answer in answers.values())
+    assert sum(run["journal"] for answer in answers.values() for run in answer["runs"]) >= 12
 
 
 class Stop:
