@@ -246,7 +246,7 @@ def test_the_walk_is_the_whole_model(name: str, saved: Any, monkeypatch: Any) ->
     assert bool(first.isfinite().all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])  # with and without offsets
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_packed_form_is_the_dense_one(
     name: str, method: str, pruned: Any, tmp_path: Path
