@@ -26,7 +26,7 @@ from prune_llm.masks import Pattern
 from prune_llm.plan import Plan, make_plan
 from prune_llm.reconstruction import BlockReconstruction
 from prune_llm.report import LinearResult, environment, highest, peak_memory
-from prune_llm.sparse_checkpoint import Part
+from prune_llm.sparse_writer import Part
 from prune_llm.staging import Staging
 from prune_llm.stream_files import Store, StreamFile, Writer
 from prune_llm.windows import surveys

@@ -33,12 +33,12 @@ from prune_llm.model_card import write_card
 from prune_llm.slices import stacked
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,
-    SparseWriter,
     finish_directory,
     is_sparse,
     open_sparse,
     open_stored,
 )
+from prune_llm.sparse_writer import SparseWriter
 from prune_llm.staging import Staging
 
 FORMATS = ("dense", "sparse")

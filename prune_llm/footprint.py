@@ -14,6 +14,7 @@ What solving takes beside the Gram matrices is a table of what each method was m
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from prune_llm import architecture as arch
+from prune_llm.block import STATISTICS_BYTES
 from prune_llm.masks import Pattern
 from prune_llm.report import resident_memory
 from prune_llm.statistics import Needs
@@ -234,7 +236,7 @@ class _Shapes:
         grams = 0
         if Needs.GRAM in wanted and self.job.calibration is not None:
             widths = [width for width, _ in self._sites()]
-            grams = 4 * (2 * max(widths) ** 2 if self.staged else sum(w * w for w in widths))
+            grams = _measured(widths, self.staged)
             if surveys(config) and config.allocation == "error":
                 grams = max(grams, 4 * sum(w * w for w in widths))
         solving = 0
@@ -300,6 +302,20 @@ class _Shapes:
         if self.job.config.format != "sparse":
             return self.stored
         return sum(_packed_bytes(self.job, linears) for linears in self.blocks)
+
+
+def _measured(widths: list[int], staged: bool) -> int:
+    """Gram matrices of the sites that are measured in one pass (see `Block.statistics`).
+
+    In stages these are the sites of all experts that are alike, and others one by one.
+    """
+    each = 8 if staged else 4
+    together = sum(width * width for width in widths)
+    if staged:
+        counts = Counter(widths).items()
+        together = max((count * width * width for width, count in counts), default=0)
+    largest = max(widths, default=0) ** 2
+    return each * max(largest, min(together, STATISTICS_BYTES // each))
 
 
 def _values(module: nn.Module) -> int:

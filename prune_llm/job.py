@@ -18,7 +18,7 @@ from prune_llm.plan import Plan
 from prune_llm.ranks import ALONE, Ranks
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
-from prune_llm.sparse_checkpoint import SparseWriter
+from prune_llm.sparse_writer import SparseWriter
 from prune_llm.stream_files import Store
 from prune_llm.windows import calibration_warnings, describe, draw_calibration, surveys
 

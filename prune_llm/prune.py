@@ -27,7 +27,7 @@ from prune_llm.prune_block import prune_block
 from prune_llm.ranks import ALONE, Ranks, joined, launched_count, refuse_launched
 from prune_llm.report import PruneReport
 from prune_llm.slices import with_parts
-from prune_llm.sparse_checkpoint import SparseWriter
+from prune_llm.sparse_writer import SparseWriter
 from prune_llm.staging import Staging
 from prune_llm.statistics import disable_tf32
 from prune_llm.verification import verify

@@ -22,7 +22,7 @@ from prune_llm.reconstruct_block import reconstruct_block
 from prune_llm.refinement import refined
 from prune_llm.report import LinearResult
 from prune_llm.sites import Site
-from prune_llm.sparse_checkpoint import Part
+from prune_llm.sparse_writer import Part
 from prune_llm.statistics import InputStatistics, Needs, all_finite
 from prune_llm.windows import needs
 

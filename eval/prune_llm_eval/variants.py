@@ -28,7 +28,7 @@ from prune_llm.prune import prune_into
 from prune_llm.prune_block import save_block, solve_site
 from prune_llm.report import LinearResult, highest, peak_memory, restart_peak_memory
 from prune_llm.sites import Site
-from prune_llm.sparse_checkpoint import SparseWriter
+from prune_llm.sparse_writer import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, disable_tf32
 from prune_llm.stream_files import Store
 from prune_llm.verification import verify

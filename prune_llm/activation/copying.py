@@ -11,12 +11,11 @@ from prune_llm.checkpoint import Checkpoint, StoredTensor, write_shards
 from prune_llm.masks import Pattern
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,
-    SparseWriter,
-    _rename_to_variant,
     finish_directory,
     is_sparse,
     open_sparse,
 )
+from prune_llm.sparse_writer import SparseWriter, _rename_to_variant
 
 
 def copy_weights(source: SparseCheckpoint, directory: Path, table: LevelTable) -> None:

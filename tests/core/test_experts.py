@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -22,8 +23,9 @@ from prune_llm.block import Block
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import Experts, unfuse, with_index, without_index
+from prune_llm.prune_block import prune_block
 from prune_llm.sites import within_budget
-from prune_llm.sparse_checkpoint import SPARSE_WEIGHTS_FILE, open_sparse
+from prune_llm.sparse_checkpoint import SPARSE_WEIGHTS_FILE, open_sparse, open_stored
 from prune_llm.sparse_experts import SparseExperts
 from prune_llm.sparse_linear import SparseLinear
 from prune_llm.windows import draw_calibration
@@ -248,6 +250,33 @@ def test_a_fused_tensor_with_a_dense_expert_is_stored_dense(tmp_path: Path) -> N
     torch.testing.assert_close(logits(loaded), expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_a_stopped_run_goes_on_with_the_same_bytes(
+    form: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that were packed, and one that makes its tensor a dense one after all."""
+    source = FAMILIES["llama4"].save(tmp_path / "model")
+    options: dict[str, Any] = {"calibration": str(corpus), "samples": 4, "seq_len": 24}
+    config = PruneConfig(
+        method="sparsegpt", format=form, ignore=("feed_forward.experts.1.down_proj",), **options
+    )
+    prune(source, config, tmp_path / "whole")
+    module = importlib.import_module("prune_llm.prune")
+
+    def stop(job: Any, block: Block, directory: Path) -> Any:
+        if block.index == 1:
+            raise KeyboardInterrupt
+        return prune_block(job, block, directory)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "prune_block", stop)
+        prune(source, config, tmp_path / "cut")
+    report = prune(source, config, tmp_path / "cut", resume=True)
+    (file,) = (tmp_path / "whole").glob("*.safetensors")
+    assert (tmp_path / "cut" / file.name).read_bytes() == file.read_bytes()
+    assert report.bytes_after == open_stored(tmp_path / "cut").nbytes
+
+
 @pytest.mark.parametrize("how", ["experts", "ends", "mask", "short", "config"])
 def test_damage_to_fused_experts_is_named(how: str, tmp_path: Path) -> None:
     source = FAMILIES["gpt_oss"].save(tmp_path / "model")
@@ -327,9 +356,9 @@ def test_statistics_in_several_passes_are_those_of_one(
 
 
 def counted(run: Any, ran: list[str]) -> Any:
-    def counting(block: Block, *arguments: Any) -> Any:
-        ran.append(block.name)
-        return run(block, *arguments)
+    def counting(self: Block, *arguments: Any) -> Any:
+        ran.append(self.name)
+        return run(self, *arguments)
 
     return counting
 

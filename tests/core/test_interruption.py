@@ -26,7 +26,7 @@ MOST = 1e6
 ALL = ["SIGKILL", "SIGINT", "full"]
 # config, and how many durable steps lie between two runs that are stopped
 VARIANTS: dict[str, dict[str, Any]] = {
-    "wanda": {"stride": 7, "config": {"method": "wanda"}},
+    "wanda": {"stride": 9, "config": {"method": "wanda"}},
     "no data, N:M": {"stride": 15, "config": {"method": "magnitude", "pattern": "2:4"}},
     "best, on disk": {
         "stride": 30,
