@@ -123,8 +123,6 @@ class Sampler:
         return any(penalties) or bool(params.logit_bias)
 
     def __call__(self, logits_V: Tensor) -> int:
-        if not self.plain:
-            logits_V = logits_V.cpu()  # its draws are then the same on every device
         if self._adjusts:
             logits_V = self._adjusted(logits_V)
         if self._greedy:
