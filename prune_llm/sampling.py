@@ -128,8 +128,6 @@ class Sampler:
         Raises:
             ValueError: the model computed no number at all.
         """
-        if not self.plain:
-            logits_V = logits_V.cpu()  # its draws are then the same on every device
         if bool(logits_V.isnan().all()):
             raise ValueError(
                 "the model's logits are not numbers; check its weights, or try float32"

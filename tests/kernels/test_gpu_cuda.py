@@ -4,6 +4,7 @@ Neither needs a GPU. What only a GPU can show is whether its memory orders as th
 kernels/bench/bench_gpu.py checks the results there first.
 """
 
+import contextlib
 import ctypes
 import subprocess
 from collections.abc import Callable
@@ -117,3 +118,32 @@ def test_what_the_kernel_leaves_to_triton() -> None:
     assert not gpu_cuda.supports(torch.float32, 1, 128, True)
     assert not gpu_cuda.supports(torch.bfloat16, 5, 128, True)
     assert not gpu_cuda.supports(torch.bfloat16, 1, 130, False)
+
+
+class Driver:
+    """In place of libcuda: reads the arguments of a launch as the driver would."""
+
+    def __init__(self, tensors: int, sizes: int) -> None:
+        self.kinds = [ctypes.c_void_p] * tensors + [ctypes.c_int] * sizes
+        self.grid: tuple[int, ...] = ()
+        self.values: list[int | None] = []
+
+    def cuLaunchKernel(self, function: ctypes.c_void_p, *rest: object) -> int:
+        *grid, _shared, _stream, arguments, _extra = rest
+        assert isinstance(arguments, ctypes.Array)
+        self.grid = tuple(int(str(size)) for size in grid)
+        pairs = zip(self.kinds, arguments, strict=True)
+        self.values = [kind.from_address(address).value for kind, address in pairs]
+        return 0
+
+
+def test_a_launch_hands_over_addresses_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(2, 3)
+    monkeypatch.setattr(gpu_cuda, "_driver", lambda: driver)
+    stream = type("Stream", (), {"cuda_stream": 7})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    tensors = torch.zeros(3), torch.zeros(2, dtype=torch.int32)
+    gpu_cuda.launch(1234, (5, 6), tensors, (1, 2, 300))
+    assert driver.grid == (5, 6, 1, 32 * gpu_cuda.WARPS, 1, 1)
+    assert driver.values == [*(tensor.data_ptr() for tensor in tensors), 1, 2, 300]
