@@ -2,6 +2,7 @@
 # It needs Python 3.11, a C++ compiler and a package index; nothing else from the network.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # no model or dataset is looked for on the hub by any target
@@ -14,8 +15,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(READY)
 	$(BIN)/prune-llm demo
 
+# two files at a time, a thread each: most tests are too small for more threads to help
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

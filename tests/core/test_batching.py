@@ -353,8 +353,11 @@ def test_other_models_run_alone_in_company(checkpoints: dict[str, Path], name: s
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
-def test_levels_of_other_models(checkpoints: dict[str, Path], name: str) -> None:
-    model = prune_llm.load(checkpoints[name])
+def test_levels_of_other_models(checkpoints: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """Packed: experts are then linears of their own."""
+    config = prune_llm.PruneConfig(method="magnitude", device="cpu")
+    prune_llm.prune(checkpoints[name], config, tmp_path / "packed")
+    model = prune_llm.load(tmp_path / "packed")
     add_levels(model)
     requests = [ask(level, PROMPT, 12, level=level) for level in ("dense", "30%", "60%")]
     runner = new_runner(model, limits(model))

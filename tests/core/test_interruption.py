@@ -174,8 +174,8 @@ def test_finished_blocks_are_not_pruned_again(
     assert {block for block, _ in done} == {2, 3}
     assert notes[0] == "going on: 2 of 4 blocks done before"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    prune(models["llama"], config, tmp_path / "whole")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    prune(models["llama"], config, tmp_path / "whole" / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole" / "out")
 
 
 def test_streams_in_memory_and_on_disk_give_the_same(
@@ -183,8 +183,8 @@ def test_streams_in_memory_and_on_disk_give_the_same(
 ) -> None:
     for where in ("memory", "disk"):
         config = PruneConfig.of_quality("balanced", **settings(corpus), activations=where)
-        prune(models["llama"], config, tmp_path / where)
-    memory, disk = (content(tmp_path / where) for where in ("memory", "disk"))
+        prune(models["llama"], config, tmp_path / where / "out")
+    memory, disk = (content(tmp_path / where / "out") for where in ("memory", "disk"))
     assert memory.pop("prune_report.json") != disk.pop("prune_report.json")  # it says where
     assert memory == disk
 
@@ -196,8 +196,8 @@ def test_a_run_may_go_on_where_its_streams_fit(
 
     config = stopped(2, activations="disk")
     prune(models["llama"], replace(config, activations="memory"), tmp_path / "out", resume=True)
-    prune(models["llama"], replace(config, activations="memory"), tmp_path / "whole")
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    prune(models["llama"], replace(config, activations="memory"), tmp_path / "whole" / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "whole" / "out")
 
 
 class TestRefusals:
