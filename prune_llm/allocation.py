@@ -192,7 +192,7 @@ class Error:
         levels = [min(max(survey.sparsity + change, 0.0), survey.most) for change in LEVELS]
         levels = sorted(set(levels))
         curves: dict[str, list[tuple[int, float]]] = {}
-        for sites in survey.blocks(self.needs):
+        for sites in survey.blocks(self.needs | METHODS[survey.method].needs):
             for site in sites:
                 curves |= error_curves(site, levels, survey)
         survey.record["levels"] = levels

@@ -29,6 +29,7 @@ from prune_llm.allocation import (
     shifted,
 )
 from prune_llm.masks import pruned_per_row
+from prune_llm.methods import METHODS
 from prune_llm.statistics import Needs
 
 SPREAD = [name for name in ALLOCATIONS if name != "uniform"]
@@ -308,3 +309,14 @@ class TestOverrides:
         assert "allocation owl: linears lose" in ran.output
         report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
         assert report["config"]["overrides"] == ["mlp.down_proj=0.4", "*.0.*=0.2"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_error_curves_of_every_method(
+    method: str, tiny_llama: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The survey collects what the method needs beside the Gram matrix."""
+    options = {"samples": 2, "seq_len": 16, "calibration": str(corpus), "device": "cpu"}
+    config = PruneConfig(method=method, allocation="error", **options)  # type: ignore[arg-type]
+    report = prune(tiny_llama, config, tmp_path / "out")
+    assert sum(r.weights - r.kept for r in report.linears) == report.allocation["pruned"]
