@@ -227,8 +227,10 @@ def test_admm_with_the_peers_masks(
     monkeypatch.setattr("prune_llm.verification.pattern_violation", lambda *_: None)
     out = tmp_path / "out"
     value = pruned_perplexity(reference, "admm", pattern, out, windows_ST, damping=0.1)
-    # within 0.2 % with AVX-512; without, products round otherwise and 60 % comes out 0.6 % lower
-    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=0.01)
+    # without AVX-512 products round otherwise: 60 % comes out 0.6 % lower, by 1 and by 2 threads
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    bound = 0.002 if wide else 0.01
+    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=bound)
 
 
 def test_admm_as_the_paper_has_it(
