@@ -29,6 +29,7 @@ from prune_llm.ranks import ALONE, Ranks
 from prune_llm.sites import Site, _complete, _observe
 from prune_llm.stream_files import Store, StreamFile
 from prune_llm.streams import Call, Captured, Stream, hidden_of, same_call, split_call, told
+from prune_llm_kernels.wide_products import WideProducts
 
 # on which a block is compared with its fused form
 PROBE_TOKENS = 64
@@ -346,7 +347,7 @@ class Walk:
     def run(self, index: int, hidden_STD: Tensor, call: Call) -> Any:
         """Run the resident block, with our kernels around its linears where they agree with it."""
         block = self.architecture.blocks[index]
-        with told(self.architecture.block_name(index)):
+        with told(self.architecture.block_name(index)), WideProducts():
             if index in self.fused and call.is_plain(hidden_STD):
                 return FusedBlock(block)(hidden_STD, call.kwargs["position_embeddings"])
             with FastAttention():

@@ -27,6 +27,7 @@ from prune_llm.parts import ModelParts, OtherParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
 from prune_llm_kernels import tokens
 from prune_llm_kernels.kv_cache import KeyValueCache
+from prune_llm_kernels.wide_products import WideProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,7 +153,7 @@ class TransformersDecoder:
     @torch.inference_mode()
     def _run(self, ids: list[int]) -> Tensor:
         input_ids = torch.tensor([ids], device=self._model.device)
-        with FastAttention():
+        with FastAttention(), WideProducts():
             output = self._model(
                 input_ids=input_ids,
                 past_key_values=self._cache,
@@ -259,7 +260,7 @@ class PlanDecoder:
         from transformers import DynamicCache
 
         kept = DynamicCache()
-        with FastAttention():
+        with FastAttention(), WideProducts():
             output = self.parts.model.base_model(
                 input_ids=ids_BT, past_key_values=kept, use_cache=True
             )

@@ -28,6 +28,7 @@ from prune_llm.masks import Pattern
 from prune_llm.report import resident_memory
 from prune_llm.statistics import Needs
 from prune_llm.windows import needs, surveys
+from prune_llm_kernels.wide_products import SLICE_BYTES, slow_dtypes
 
 if TYPE_CHECKING:
     from prune_llm.job import Job
@@ -53,7 +54,7 @@ class Copies:
 UNSTRUCTURED = {
     "magnitude": Copies(0.3, 1.5, 0.5),
     "wanda": Copies(0.3, 1.3, 1.0),
-    "sparsegpt": Copies(3.3, 3.2, 1.2),
+    "sparsegpt": Copies(1.0, 2.6, 1.0),
     "ria": Copies(0.5, 3.0, 0.5),
     "dsnot": Copies(0.8, 1.8, 10.3),
     "admm": Copies(8.3, 5.7, 5.9),
@@ -63,13 +64,16 @@ UNSTRUCTURED = {
 GROUPS = {
     "magnitude": Copies(0.3, 1.5, 2.5),
     "wanda": Copies(0.3, 1.5, 2.5),
-    "sparsegpt": Copies(3.2, 2.7, 1.5),
+    "sparsegpt": Copies(1.0, 2.6, 1.5),
     "ria": Copies(0.5, 1.5, 3.5),
     "dsnot": Copies(0.8, 3.8, 7.1),
     "admm": Copies(8.0, 3.3, 11.3),
     "alps": Copies(11.5, 4.0, 9.5),
     "random": Copies(0.3, 1.5, 2.5),
 }
+# before that, while the Gram matrix is factorised and nothing else is held
+FACTORING = {"sparsegpt": Copies(2.3, 0, 0)}
+NOTHING = Copies(0, 0, 0)
 AIMED = Copies(6.0, 1.0, 9.0)
 REFINED = {
     "none": Copies(0, 0, 0),
@@ -227,29 +231,39 @@ class _Shapes:
         samples, seq_len = self.job.calibration.samples_ST.shape
         tokens = min(self.job.batch_size, samples) * seq_len
         width = max((max(linear.weight.shape) for linear in self.linears), default=0)
-        return tokens * width * (3 * self.item + 4)
+        return tokens * width * (3 * self.item + 4) + self._widened(tokens * width)
+
+    def _widened(self, values: int) -> int:
+        """Where products run in float32: a slice of a weight, and of the result."""
+        if self.job.device.type != "cpu" or self.job.dtype not in slow_dtypes():
+            return 0
+        largest = max((linear.weight.numel() for linear in self.linears), default=0)
+        return 4 * values + min(SLICE_BYTES, 4 * largest)
 
     @property
     def solving(self) -> int:
         """Statistics of all sites that are measured together, and one of them being solved."""
         wanted, config = needs(self.job.config), self.job.config
-        grams = 0
-        if Needs.GRAM in wanted and self.job.calibration is not None:
-            widths = [width for width, _ in self._sites()]
-            grams = _measured(widths, self.staged)
-            if surveys(config) and config.allocation == "error":
-                grams = max(grams, 4 * sum(w * w for w in widths))
+        collects = Needs.GRAM in wanted and self.job.calibration is not None
+        sites, surveyed = list(self._sites()), surveys(config) and config.allocation == "error"
+        widths = [width for width, _ in sites]
         solving = 0
-        for width, sizes in self._sites():
+        for number, (width, sizes) in enumerate(sites):
+            # a site's statistics are freed with it, but where all are measured anew in stages
+            left = widths if self.staged else widths[number:]
+            grams = _measured(left, self.staged) if collects else 0
+            if collects and surveyed:
+                grams = max(grams, 4 * sum(w * w for w in widths))
             copies = (UNSTRUCTURED, GROUPS)[Pattern.parse(config.pattern).m is not None]
-            used = [copies[config.method], REFINED[config.refine]]
+            factoring = FACTORING.get(config.method, NOTHING)
+            used = [copies[config.method], factoring, REFINED[config.refine]]
             site, one, gram = 4 * sum(sizes), 4 * max(sizes), 4 * width * width
             taken = max(c.grams * gram + c.site * site + c.linear * one for c in used)
             if self.staged:
                 aimed = AIMED.grams * gram + AIMED.site * site + AIMED.linear * one
                 taken = max(taken + site, aimed)
-            solving = max(solving, int(site + taken))
-        return grams + solving
+            solving = max(solving, grams + int(site + taken))
+        return solving
 
     def _sites(self) -> Iterator[tuple[int, list[int]]]:
         """Width and sizes of the linears of each site: those of one module that read as much, but

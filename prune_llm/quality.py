@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from prune_llm.activation.measure import BATCH_TOKENS, LOGITS, Tick
 from prune_llm.architecture import RUN_DTYPES
+from prune_llm_kernels.wide_products import WideProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +44,8 @@ def mean_nll(model: PreTrainedModel, windows_ST: Tensor, tick: Tick = lambda: No
     total = 0.0
     for ids_BT in batches(model, windows_ST):
         ids_BT = ids_BT.to(model.device)
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+        with WideProducts():
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
         nll_N = functional.cross_entropy(
             logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none"
         )

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prune_llm_kernels.wide_products import WideProducts
+
 if TYPE_CHECKING:
     from prune_llm.goals import Goal
 
@@ -235,7 +237,7 @@ class _Run:
         """Gradients of the kept weights; False where the loss is not finite."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), WideProducts():
             loss = self.goal.loss(sample)
             finite = bool(torch.isfinite(loss))
             if finite:

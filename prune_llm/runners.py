@@ -24,6 +24,7 @@ from prune_llm.decoder import recordable
 from prune_llm.parts import ModelParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
 from prune_llm_kernels.kv_cache import LANES, KeyValueCache
+from prune_llm_kernels.wide_products import WideProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -294,7 +295,7 @@ class TransformersRunner:
     @torch.inference_mode()
     def _forward(self, slot: int, tokens: Sequence[int], keep: int) -> Tensor:
         """Logits [keep, V] behind the last tokens."""
-        with FastAttention():
+        with FastAttention(), WideProducts():
             output = self._model(
                 input_ids=torch.tensor([list(tokens)], device=self._model.device),
                 past_key_values=self._caches.get(slot),

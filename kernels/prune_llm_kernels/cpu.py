@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 try:
     from prune_llm_kernels import _C
@@ -26,6 +25,8 @@ except ImportError as error:
 from prune_llm_kernels.channel_weight import SLACK, WORD, ChannelWeight
 from prune_llm_kernels.channel_weight import choose_tile as choose_tile
 from prune_llm_kernels.reference import channel_keep_mask as channel_keep_mask
+from prune_llm_kernels.wide_products import linear as wide_linear
+from prune_llm_kernels.wide_products import multiplier
 
 if TYPE_CHECKING:
     from prune_llm_kernels.packed_weight import PackedWeight
@@ -189,12 +190,12 @@ def _prefill(
     O, columns = bitmask.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], O))
     step = max(1, _SLICE_BYTES // (columns * packed.element_size()))
-    buffer = packed.new_empty(min(step, O), columns)
+    buffer, product = packed.new_empty(min(step, O), columns), multiplier(x)
     for begin in range(0, O, step):
         rows = slice(begin, min(begin + step, O))
         dense = buffer[: rows.stop - begin]
         _unpack_rows(bitmask, packed, offsets, dense, begin, isa)
-        y[..., rows] = F.linear(x, dense, None if bias is None else bias[rows])
+        y[..., rows] = product(dense, None if bias is None else bias[rows])
     return y
 
 
@@ -205,7 +206,7 @@ def dense_linear(
     O, columns = weight_OI.shape
     rows = x.numel() // columns
     if rows > MAX_DIRECT_ROWS:
-        return F.linear(x, weight_OI, bias)
+        return wide_linear(x, weight_OI, bias)
     x, weight_OI = x.contiguous(), weight_OI.contiguous()
     y = x.new_empty((*x.shape[:-1], O))
     _C.linear(
@@ -296,9 +297,10 @@ def channel_linear(
     rows = x.numel() // I
     y = x.new_empty((*x.shape[:-1], O))
     if rows > MAX_DIRECT_ROWS:
+        product = multiplier(x)
         for begin, end, piece_IO in _channel_slices(weight, isa_index(isa)):
             shift = None if bias is None else bias[begin:end]
-            y[..., begin:end] = F.linear(x, piece_IO.T, shift)
+            y[..., begin:end] = product(piece_IO.T, shift)
         return y
     plan = CpuPlan(weight.dtype, isa)
     every = torch.full((rows,), 0.0 if rows == 1 else -1.0)

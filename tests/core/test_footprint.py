@@ -13,6 +13,7 @@ from prune_llm import PruneConfig, prune
 from prune_llm.calibration import Calibration
 from prune_llm.footprint import (
     AIMED,
+    FACTORING,
     GROUPS,
     LATER,
     REFINED,
@@ -40,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def foreseen(model: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Job, Footprint]:
     monkeypatch.setattr("prune_llm.footprint.resident_memory", lambda: 1000)
+    monkeypatch.setattr("prune_llm.footprint.slow_dtypes", frozenset)
     text = Calibration(torch.zeros(6, 32, dtype=torch.int64), "none", 1, 192)
     config = PruneConfig(**{"method": "wanda", "device": "cpu", **changes})
     job = Job.open(model, config, torch.device("cpu"), None, text)
@@ -55,19 +57,23 @@ def test_every_method_was_measured() -> None:
 def test_sparsegpt_by_hand(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = foreseen(model, monkeypatch, method="sparsegpt")
     taken = UNSTRUCTURED["sparsegpt"]
-    solving = max(
-        4 * sum(sizes)
-        + taken.grams * 4 * width**2
-        + taken.site * 4 * sum(sizes)
-        + taken.linear * 4 * max(sizes)
-        for width, sizes in SITES
-    )
-    grams = 4 * sum(width**2 for width, _ in SITES)
+    solving = []
+    for number, (width, sizes) in enumerate(SITES):
+        gram, site, one = 4 * width**2, 4 * sum(sizes), 4 * max(sizes)
+        grams = sum(4 * other**2 for other, _ in SITES[number:])  # those that wait, and this one
+        sweeping = taken.grams * gram + taken.site * site + taken.linear * one
+        solving.append(grams + site + max(sweeping, FACTORING["sparsegpt"].grams * gram))
     stream = 6 * 32 * D * 2
     assert found.streams == stream and not found.on_disk
     # in so small a model a batch through the block may take more
-    running = max(int(solving) + grams, 6 * 32 * F * (3 * 2 + 4))
+    running = max(int(max(solving)), 6 * 32 * F * (3 * 2 + 4))
     assert found.memory == 1000 + LATER + stream + 2 * BLOCK + running
+
+
+def test_products_in_float32_are_foreseen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, plain = foreseen(model, monkeypatch)
+    monkeypatch.setattr("prune_llm.footprint.slow_dtypes", lambda: frozenset({torch.bfloat16}))
+    assert footprint(job).memory - plain.memory == 4 * 6 * 32 * F + 4 * D * F
 
 
 def test_the_dense_target_keeps_two_streams_and_two_blocks(
