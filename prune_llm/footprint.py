@@ -8,7 +8,8 @@ At the peak of a block's pruning the process holds
 
 with the weights in the dtype that blocks run in, statistics and solvers in float32. On a GPU the
 streams, and the pruned weights until they are on disk, stay on the CPU; the rest is on the GPU.
-What solving takes beside the Gram matrices is a table of what each method was measured to take.
+What solving takes beside the Gram matrices is a table of what each method was measured to take, for
+SparseGPT what its code holds in each of its two phases.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Copies:
     linear: float
 
 
-# measured on single sites, see `eval/bench/bench_footprint.py --solvers`
+# measured on single sites; of SparseGPT counted in the code: the Gram matrix's factor, the columns,
+# results and masks while it sweeps
 UNSTRUCTURED = {
     "magnitude": Copies(0.3, 1.5, 0.5),
     "wanda": Copies(0.3, 1.3, 1.0),
@@ -71,7 +73,7 @@ GROUPS = {
     "alps": Copies(11.5, 4.0, 9.5),
     "random": Copies(0.3, 1.5, 2.5),
 }
-# before that, while the Gram matrix is factorised and nothing else is held
+# before the sweep: what factorising holds beside the Gram matrix (the damped copy, its factor)
 FACTORING = {"sparsegpt": Copies(2.3, 0, 0)}
 NOTHING = Copies(0, 0, 0)
 AIMED = Copies(6.0, 1.0, 9.0)
@@ -234,7 +236,11 @@ class _Shapes:
         return tokens * width * (3 * self.item + 4) + self._widened(tokens * width)
 
     def _widened(self, values: int) -> int:
-        """Where products run in float32: a slice of a weight, and of the result."""
+        """Where products run in float32: the result, and a slice of a weight.
+
+        Args:
+            values: of a batch at the widest place.
+        """
         if self.job.device.type != "cpu" or self.job.dtype not in slow_dtypes():
             return 0
         largest = max((linear.weight.numel() for linear in self.linears), default=0)

@@ -237,6 +237,7 @@ class _Run:
         """Gradients of the kept weights; False where the loss is not finite."""
         for parameter in self.parameters:
             parameter.requires_grad_(True)
+        # the block is float32; the dense model behind it, for the goal "logits", may be 16-bit
         with torch.enable_grad(), WideProducts():
             loss = self.goal.loss(sample)
             finite = bool(torch.isfinite(loss))
