@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prune_llm_kernels.wide_products import WideProducts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -136,7 +138,8 @@ LOGITS = 1 << 23
 
 def _logits(model: PreTrainedModel, ids_BT: Tensor, context: int) -> Tensor:
     """Predictions of tokens ``context`` to T - 1, float32 [B, T - context, V]."""
-    logits: Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+    with WideProducts():  # as a search for a target in quality measures
+        logits: Tensor = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
     return logits[:, context - 1 : -1].float()
 
 
