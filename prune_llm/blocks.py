@@ -25,6 +25,7 @@ from prune_llm.block import Block
 from prune_llm.checkpoint import Checkpoint
 from prune_llm.fused_block import FusedBlock, agrees
 from prune_llm.memory import trim_heap
+from prune_llm.prefetch import Prefetch
 from prune_llm.ranks import ALONE, Ranks
 from prune_llm.sites import Site, _complete, _observe
 from prune_llm.stream_files import Store, StreamFile
@@ -80,6 +81,8 @@ class Walk:
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
         self.store = store or Store()
+        self.reads_ahead = device.type == "cuda"
+        self._ahead = Prefetch(lambda name: checkpoint.tensor(name).read(), self.reads_ahead)
         self.first = 0  # of the blocks that are walked
         self.stream: Stream | None = None
         self.dense: Stream | None = None
@@ -89,14 +92,24 @@ class Walk:
     def __iter__(self) -> Iterator[Block]:
         if self._batches and self.first < len(self.architecture.blocks):
             self._begin()
-        for index in range(self.first, len(self.architecture.blocks)):
-            self.load(index)
-            if self.stream is not None:
-                self._choose(index, self.stream)
-            linears = self._select(self.architecture.linears(index))
-            block = Block(self, index, linears, self.stream, self.dense)
-            yield block
-            block.pass_on()
+        try:
+            for index in range(self.first, len(self.architecture.blocks)):
+                block = self._resident(index)
+                yield block
+                block.pass_on()
+        finally:
+            self._ahead.stop()
+
+    def _resident(self, index: int) -> Block:
+        """The block in memory; where the walk reads ahead, the next one is begun."""
+        self.load(index)
+        if self.reads_ahead and index + 1 < len(self.architecture.blocks):
+            known, names = self.architecture.disk_names, self._block_names(index + 1)
+            self._ahead.start(index + 1, dict.fromkeys(known[n] for n in names if n in known))
+        if self.stream is not None:
+            self._choose(index, self.stream)
+        linears = self._select(self.architecture.linears(index))
+        return Block(self, index, linears, self.stream, self.dense)
 
     def _begin(self) -> None:
         """The streams before the first block, and how blocks are called."""
@@ -160,10 +173,9 @@ class Walk:
         """Read the block's parameters and persistent buffers from disk onto the device."""
         if not any(p.is_meta for p in self.architecture.blocks[index].parameters()):
             return  # block 0, which `_start` has run already
-        prefix = self.architecture.block_name(index) + "."
-        self._fill([n for n in self.architecture.model.state_dict() if n.startswith(prefix)])
+        self._fill(self._block_names(index), self._ahead.take(index))
         for name, parameter in self.architecture.blocks[index].named_parameters():
-            assert not parameter.is_meta, f"{prefix}{name} was not loaded"
+            assert not parameter.is_meta, f"block {index}: {name} was not loaded"
 
     def release(self, index: int) -> None:
         """Drop the block's weights and give the memory back to the system."""
@@ -171,14 +183,26 @@ class Walk:
             _empty_parameters(module)
         trim_heap()
 
-    def _fill(self, names: list[str]) -> None:
+    def _block_names(self, index: int) -> list[str]:
+        prefix = self.architecture.block_name(index) + "."
+        return [n for n in self.architecture.model.state_dict() if n.startswith(prefix)]
+
+    def _fill(self, names: list[str], ahead: dict[str, Tensor] | None = None) -> None:
+        """Put tensors into the model.
+
+        Args:
+            ahead: those that were read already, by name on disk.
+        """
         for name in names:
             disk_name = self.architecture.disk_names.get(name)
             if disk_name is None:
                 continue  # a buffer that its module makes itself
-            tensor = self.checkpoint.tensor(disk_name).read()
+            tensor = (ahead or {}).get(disk_name)
+            if tensor is None:
+                tensor = self.checkpoint.tensor(disk_name).read()
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-            _set_tensor(self.architecture.model, name, tensor.to(self.device, dtype))
+            placed = tensor.to(self.device, dtype, non_blocking=True)
+            _set_tensor(self.architecture.model, name, placed)
 
     # -- the stream of hidden states ----------------------------------------------------------
 

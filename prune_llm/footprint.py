@@ -7,7 +7,8 @@ At the peak of a block's pruning the process holds
     + the largest of: embedding, running a batch, solving a site, training, packing
 
 with the weights in the dtype that blocks run in, statistics and solvers in float32. On a GPU the
-streams, and the pruned weights until they are on disk, stay on the CPU; the rest is on the GPU.
+streams, the block read ahead, and the pruned weights until they are on disk, stay on the CPU; the
+rest is on the GPU.
 What solving takes beside the Gram matrices is a table of what each method was measured to take, for
 SparseGPT what its code holds in each of its two phases.
 """
@@ -137,7 +138,7 @@ def footprint(job: Job, whole: bool = False) -> Footprint:
     if job.device.type == "cpu":
         memory, gpu = host + max(working, shapes.resident + shapes.packing), None
     else:
-        memory, gpu = host + shapes.pruned + shapes.packing, working
+        memory, gpu = host + shapes.waiting + shapes.pruned + shapes.packing, working
     if whole:
         memory = max(memory, shapes.model)
     output = job.checkpoint.nbytes - shapes.stored + shapes.packed
@@ -298,6 +299,11 @@ class _Shapes:
             + 4 * _values(self.job.architecture.blocks[self.largest])
             + 8 * tokens * width
         )
+
+    @property
+    def waiting(self) -> int:
+        """The next block in pinned memory, which torch hands out in powers of two."""
+        return 2 * self.block if len(self.blocks) > 1 else 0
 
     @property
     def pruned(self) -> int:
