@@ -15,9 +15,10 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(READY)
 	$(BIN)/prune-llm demo
 
-# two files at a time, a thread each: most tests are too small for more threads to help
+# two files at a time, a thread each: most tests are too small for more threads to help; in the order
+# of tests/conftest.py, the longest first, and not by how many tests a file has
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,6 +28,23 @@ settings.load_profile("prune_llm")
 REFERENCE = ROOT.parent / "shared" / "reference"
 
 
+# minutes each: begun first, so that no process of `make test` is left alone with one of them
+LONGEST = (
+    "core/test_reference.py",
+    "test_readme.py",
+    "server/test_faults.py",
+    "kernels/test_native.py",
+    "core/test_interruption.py",
+    "core/test_ranks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    assert all(file.is_file() for file in rank), LONGEST
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The reference model, texts and the peers' measured values."""

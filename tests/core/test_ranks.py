@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from safetensors.torch import load_file
 from tiny_models import SIZES, llama_config, save_model
 
 from prune_llm import PruneConfig, prune
+from prune_llm.pruning_level import prune_within
 from prune_llm.ranks import ALONE, Ranks
+from prune_llm.sparse_checkpoint import open_sparse
 from prune_llm.statistics import InputStatistics, Needs
 
 # run in each process: every job of a file, then one that is refused
@@ -44,6 +48,14 @@ for options, resume, message in (
         raise SystemExit(f"not refused: {message}")
 print("all done")
 """
+# a CPU counts as a device: `--cpu` of accelerate would start one process
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate launch": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
+    ],
+}
 SHARED = {"samples": 7, "seq_len": 48, "batch_size": 2, "format": "dense"}
 JOBS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
@@ -134,17 +146,97 @@ def test_two_processes_prune_as_one(
             assert told["error"] == pytest.approx(result.error, rel=0.3)
 
 
-def test_the_command_tells_once(models: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_one(models: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the launched command writes, by this process alone."""
+    config = PruneConfig(method="wanda", calibration=str(corpus), samples=4, seq_len=32)
+    output = tmp_path_factory.mktemp("one") / "out"
+    prune(models["llama"], config, output)
+    return output
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_of_each_launcher(
+    launcher: str,
+    of_one: Path,
+    models: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Two processes, told of once, that write the weights of one."""
     options = ["--calibration", corpus, "--samples", 4, "--seq-len", 32, "--method", "wanda"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = ["prune_llm", "prune", models["llama"], "-o", tmp_path / "out", *options]
+    command = ["-m", "prune_llm", "prune", models["llama"], "-o", tmp_path / "out", *options]
     done = subprocess.run(
-        [sys.executable, *torchrun, *map(str, command)], capture_output=True, text=True
+        [sys.executable, "-m", *LAUNCHERS[launcher], *map(str, command)],
+        # accelerate takes options from a file there
+        env={**os.environ, "HF_HOME": str(tmp_path_factory.mktemp("home"))},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("next: ") == 1
-    assert (tmp_path / "out" / "model.sparse.safetensors").is_file()
+    report = json.loads((tmp_path / "out" / "prune_report.json").read_text())
+    assert report["environment"]["processes"] == "2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    one, two = open_sparse(of_one), open_sparse(tmp_path / "out")
+    assert set(one.packed) == set(two.packed) and one.names == two.names
+    for name in one.names:
+        assert torch.equal(one.read(name), two.read(name)), name
+
+
+REFUSED: dict[str, tuple[dict[str, Any], bool]] = {
+    "resume": ({}, True),
+    "reconstruction 'block'": ({"reconstruction": "block"}, False),
+    "reconstruction 'logits'": ({"reconstruction": "logits"}, False),
+}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a launcher had started this process and two others."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {"RANK": "1", "WORLD_SIZE": "3", **address}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_runs_in_one_process_is_refused_in_several(
+    what: str, models: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    options, resume = REFUSED[what]
+    config = PruneConfig(**SHARED, calibration=str(corpus), **options)
+    with pytest.raises(ValueError, match=one_line(what)):
+        prune(models["llama"], config, tmp_path / "out", resume=resume)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_search_is_refused_in_several_processes(
+    resume: bool, models: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    config = PruneConfig(**SHARED, calibration=str(corpus))
+    with pytest.raises(ValueError, match=one_line("max_ppl_increase")):
+        prune_within(models["llama"], 0.05, config, tmp_path / "out", resume=resume)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("launched")
+def test_the_command_refuses_a_search_in_one_line(
+    models: dict[str, Path], corpus: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    options = ("--max-ppl-increase", "5%", "--calibration", corpus)
+    done = cli("prune", models["llama"], "-o", tmp_path / "out", *options)
+    assert done.exit_code == 2 and re.search(one_line("max_ppl_increase"), done.stderr.strip())
+    assert list(tmp_path.iterdir()) == []
+
+
+def one_line(what: str) -> str:
+    """The message for what runs in one process, where three were started."""
+    fix = "start it without torchrun or accelerate launch"
+    return re.escape(f"{what}: runs in one process, and 3 were started; {fix}") + r"\Z"
 
 
 def test_alone_everything_is_as_it_was() -> None:
