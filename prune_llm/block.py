@@ -240,7 +240,7 @@ class Block:
                 self._walk.drop_streams()
         self._dense_weights.clear()
         self._first_batches.clear()
-        self._walk.release(self.index)
+        self._walk.residence.release(self.index)
 
     @torch.no_grad()
     def propagate(self) -> None:

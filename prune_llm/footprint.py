@@ -9,8 +9,7 @@ At the peak of a block's pruning the process holds
 with the weights in the dtype that blocks run in, statistics and solvers in float32. On a GPU the
 streams, the block read ahead, and the pruned weights until they are on disk, stay on the CPU; the
 rest is on the GPU.
-What solving takes beside the Gram matrices is a table of what each method was measured to take, for
-SparseGPT what its code holds in each of its two phases.
+What solving takes beside the Gram matrices is told by `solver_copies`.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from prune_llm import architecture as arch
 from prune_llm.block import STATISTICS_BYTES
 from prune_llm.masks import Pattern
 from prune_llm.report import resident_memory
+from prune_llm.solver_copies import AIMED, FACTORING, GROUPS, NOTHING, REFINED, UNSTRUCTURED
 from prune_llm.statistics import Needs
 from prune_llm.windows import needs, surveys
 from prune_llm_kernels.wide_products import SLICE_BYTES, slow_dtypes
@@ -43,47 +43,6 @@ SURE = 0.8
 LATER = 50 << 20
 
 
-@dataclass(frozen=True)
-class Copies:
-    """What a method takes: Gram matrices, float32 copies of its site, of its largest linear."""
-
-    grams: float
-    site: float
-    linear: float
-
-
-# measured on single sites; of SparseGPT counted in the code: the Gram matrix's factor, the columns,
-# results and masks while it sweeps
-UNSTRUCTURED = {
-    "magnitude": Copies(0.3, 1.5, 0.5),
-    "wanda": Copies(0.3, 1.3, 1.0),
-    "sparsegpt": Copies(1.0, 2.6, 1.0),
-    "ria": Copies(0.5, 3.0, 0.5),
-    "dsnot": Copies(0.8, 1.8, 10.3),
-    "admm": Copies(8.3, 5.7, 5.9),
-    "alps": Copies(12.0, 2.3, 11.3),
-    "random": Copies(0.5, 2.5, 0.5),
-}
-GROUPS = {
-    "magnitude": Copies(0.3, 1.5, 2.5),
-    "wanda": Copies(0.3, 1.5, 2.5),
-    "sparsegpt": Copies(1.0, 2.6, 1.5),
-    "ria": Copies(0.5, 1.5, 3.5),
-    "dsnot": Copies(0.8, 3.8, 7.1),
-    "admm": Copies(8.0, 3.3, 11.3),
-    "alps": Copies(11.5, 4.0, 9.5),
-    "random": Copies(0.3, 1.5, 2.5),
-}
-# before the sweep: what factorising holds beside the Gram matrix (the damped copy, its factor)
-FACTORING = {"sparsegpt": Copies(2.3, 0, 0)}
-NOTHING = Copies(0, 0, 0)
-AIMED = Copies(6.0, 1.0, 9.0)
-REFINED = {
-    "none": Copies(0, 0, 0),
-    "swaps": Copies(5.0, 5.0, 20.0),
-    "backsolve": Copies(2.8, 4.0, 5.0),
-    "both": Copies(5.0, 5.0, 20.0),
-}
 # of a dense weight's bytes: what packing one holds at once beside the packed parts
 PACKING = 4.0
 # training: float32 weights, gradients, two moments, the copy that is put back; masks and results
