@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Walk:
             its last block (`final`) and the head; "none".
         store: where the streams are kept; None: in memory.
         ranks: the processes that share the samples.
+        scratch: where the experts of a block lie; None: in memory.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Walk:
         goal: str = "none",
         store: Store | None = None,
         ranks: Ranks = ALONE,
+        scratch: Path | None = None,
     ) -> None:
         self.dense_target, self.goal = dense_target, goal
         self.architecture, self.checkpoint = architecture, checkpoint
@@ -81,7 +84,7 @@ class Walk:
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
         self.store = store or Store()
-        self.residence = Residence(architecture, checkpoint, device, dtype)
+        self.residence = Residence(architecture, checkpoint, device, dtype, scratch)
         self.first = 0  # of the blocks that are walked
         self.stream: Stream | None = None
         self.dense: Stream | None = None

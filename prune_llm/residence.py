@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from prune_llm.architecture import Architecture
 from prune_llm.checkpoint import Checkpoint
+from prune_llm.experts import RoutedExperts
 from prune_llm.memory import trim_heap
 from prune_llm.prefetch import Prefetch
+from prune_llm.scratch import Scratch, aligned
+
+# of experts that were read or solved: glibc keeps most of what aligned tensors of their size leave
+TRIM_BYTES = 16 << 20
 
 
 class Residence:
     """What of a model holds weights: a block, what lies outside the blocks, or both.
+
+    Args:
+        scratch: where the experts of a block lie, mapped, so that those that are not in use need
+            no memory; None: in memory.
 
     Attributes:
         reads_ahead: whether the next block is read beside the work on one, as for a GPU.
@@ -27,16 +37,27 @@ class Residence:
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
+        scratch: Path | None = None,
     ) -> None:
         self.architecture, self.checkpoint = architecture, checkpoint
         self.device, self.dtype = device, dtype
         self.reads_ahead = device.type == "cuda"
+        self._directory = scratch
+        self._scratch: Scratch | None = None
+        self._settled = 0  # bytes since the heap was trimmed
+        self._mapped: frozenset[str] = frozenset()  # names of what lies in it
         self._ahead = Prefetch(lambda name: checkpoint.tensor(name).read(), self.reads_ahead)
 
     def load(self, index: int) -> None:
         """Read the block's parameters and persistent buffers from disk onto the device."""
         if not any(p.is_meta for p in self.architecture.blocks[index].parameters()):
             return  # block 0, which was run before the walk
+        experts = expert_weights(self.architecture, index)
+        if self._directory is not None and experts:
+            values = (self.architecture.model.get_parameter(name).numel() for name in experts)
+            once = sum(aligned(count * self.dtype.itemsize) for count in values)
+            self._scratch = Scratch(self._directory, 2 * once)  # dense, and pruned
+            self._mapped = experts
         self._fill(self._block_names(index), self._ahead.take(index))
         for name, parameter in self.architecture.blocks[index].named_parameters():
             assert not parameter.is_meta, f"block {index}: {name} was not loaded"
@@ -45,7 +66,18 @@ class Residence:
         """Drop the block's weights and give the memory back to the system."""
         for module in self.architecture.blocks[index].modules():
             _empty_parameters(module)
+        self._scratch = None
         trim_heap()
+
+    def settled(self, name: str, weight: Tensor) -> Tensor:
+        """A weight of the model where it is to lie while its block is in memory."""
+        if self._scratch is None or name not in self._mapped:
+            return weight
+        self._settled += weight.nbytes
+        if self._settled > TRIM_BYTES:
+            trim_heap()
+            self._settled = 0
+        return self._scratch.put(weight)
 
     def read_ahead(self, index: int) -> None:
         """Begin to read a block, if there is one, where that is done beside other work."""
@@ -92,7 +124,19 @@ class Residence:
                 tensor = self.checkpoint.tensor(disk_name).read()
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             placed = tensor.to(self.device, dtype, non_blocking=True)
-            _set_tensor(self.architecture.model, name, placed)
+            _set_tensor(self.architecture.model, name, self.settled(name, placed))
+
+
+def expert_weights(architecture: Architecture, index: int) -> frozenset[str]:
+    """Names of the matrices of a block's routed experts."""
+    block, prefix = architecture.blocks[index], architecture.block_name(index)
+    return frozenset(
+        f"{prefix}.{path}.{name}"
+        for path, module in block.named_modules()
+        if isinstance(module, RoutedExperts)
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and name.endswith(".weight")
+    )
 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
