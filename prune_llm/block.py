@@ -65,11 +65,12 @@ class Block:
 
     def assign(self, linear: Linear, stored: Tensor) -> None:
         """Give a linear its pruned weight, in the module's own orientation."""
-        if self._held is not None:  # sites of the dense block are still to be measured
-            self._held.append((linear, stored))
-            return
         weight = stored.to(self._walk.device, self._walk.dtype)
-        linear.module.weight = nn.Parameter(weight, requires_grad=False)
+        weight = self._walk.residence.settled(linear.weight_name, weight)
+        if self._held is None:
+            linear.module.weight = nn.Parameter(weight, requires_grad=False)
+        else:  # sites of the dense block are still to be measured
+            self._held.append((linear, weight))
 
     def statistics(self, needs: Needs) -> Iterator[tuple[Site, InputStatistics | None]]:
         """Each site with its statistics, which are freed with it.
@@ -88,8 +89,8 @@ class Block:
             for site in list(collected):
                 yield site, collected.pop(site)
         held, self._held = self._held or [], None
-        for linear, stored in held:
-            self.assign(linear, stored)
+        for linear, weight in held:
+            linear.module.weight = nn.Parameter(weight, requires_grad=False)
 
     def _groups(self, needs: Needs, stage: Stage | None) -> list[tuple[Site, ...]]:
         """Sites that are measured in one pass: as many as their statistics leave room for."""
@@ -240,7 +241,7 @@ class Block:
                 self._walk.drop_streams()
         self._dense_weights.clear()
         self._first_batches.clear()
-        self._walk.release(self.index)
+        self._walk.residence.release(self.index)
 
     @torch.no_grad()
     def propagate(self) -> None:
@@ -301,7 +302,8 @@ class Block:
                 self._first_batches[number] = hidden_of(self._run(number, self._stream))
             before = self._first_batches[number]
             try:
-                self.assign(linear, linear.from_OI(weight_OI))
+                other = linear.from_OI(weight_OI).to(self._walk.device, self._walk.dtype)
+                linear.module.weight = nn.Parameter(other, requires_grad=False)
                 after = hidden_of(self._run(number, self._stream))
             finally:
                 linear.module.weight = dense

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_llm.architecture import Architecture, Linear
 from prune_llm.attention import FastAttention
@@ -25,8 +26,8 @@ from prune_llm.block import Block
 from prune_llm.checkpoint import Checkpoint
 from prune_llm.fused_block import FusedBlock, agrees
 from prune_llm.memory import trim_heap
-from prune_llm.prefetch import Prefetch
 from prune_llm.ranks import ALONE, Ranks
+from prune_llm.residence import Residence
 from prune_llm.sites import Site, _complete, _observe
 from prune_llm.stream_files import Store, StreamFile
 from prune_llm.streams import Call, Captured, Stream, hidden_of, same_call, split_call, told
@@ -51,6 +52,7 @@ class Walk:
             its last block (`final`) and the head; "none".
         store: where the streams are kept; None: in memory.
         ranks: the processes that share the samples.
+        scratch: where the experts of a block lie; None: in memory.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Walk:
         goal: str = "none",
         store: Store | None = None,
         ranks: Ranks = ALONE,
+        scratch: Path | None = None,
     ) -> None:
         self.dense_target, self.goal = dense_target, goal
         self.architecture, self.checkpoint = architecture, checkpoint
@@ -81,8 +84,7 @@ class Walk:
         self._agrees: dict[str, bool] = {}  # by the block's modules
         self.fused: set[int] = set()  # blocks that run with our kernels around their linears
         self.store = store or Store()
-        self.reads_ahead = device.type == "cuda"
-        self._ahead = Prefetch(lambda name: checkpoint.tensor(name).read(), self.reads_ahead)
+        self.residence = Residence(architecture, checkpoint, device, dtype, scratch)
         self.first = 0  # of the blocks that are walked
         self.stream: Stream | None = None
         self.dense: Stream | None = None
@@ -98,14 +100,12 @@ class Walk:
                 yield block
                 block.pass_on()
         finally:
-            self._ahead.stop()
+            self.residence.stop()
 
     def _resident(self, index: int) -> Block:
         """The block in memory; where the walk reads ahead, the next one is begun."""
-        self.load(index)
-        if self.reads_ahead and index + 1 < len(self.architecture.blocks):
-            known, names = self.architecture.disk_names, self._block_names(index + 1)
-            self._ahead.start(index + 1, dict.fromkeys(known[n] for n in names if n in known))
+        self.residence.load(index)
+        self.residence.read_ahead(index + 1)
         if self.stream is not None:
             self._choose(index, self.stream)
         linears = self._select(self.architecture.linears(index))
@@ -122,7 +122,7 @@ class Walk:
         if self.goal == "logits":
             if self.final is None:
                 self.final = self._run_dense(self.stream)
-            self._hold_head()
+            self.residence.hold_head()
         for stream in self.streams.values():
             stream.calls = self.stream.calls
             stream.journaled = self.store.journaled
@@ -167,53 +167,16 @@ class Walk:
         stream.restore(files[name], generation)
         return stream
 
-    # -- weights in and out ------------------------------------------------------------------
-
-    def load(self, index: int) -> None:
-        """Read the block's parameters and persistent buffers from disk onto the device."""
-        if not any(p.is_meta for p in self.architecture.blocks[index].parameters()):
-            return  # block 0, which `_start` has run already
-        self._fill(self._block_names(index), self._ahead.take(index))
-        for name, parameter in self.architecture.blocks[index].named_parameters():
-            assert not parameter.is_meta, f"block {index}: {name} was not loaded"
-
-    def release(self, index: int) -> None:
-        """Drop the block's weights and give the memory back to the system."""
-        for module in self.architecture.blocks[index].modules():
-            _empty_parameters(module)
-        trim_heap()
-
-    def _block_names(self, index: int) -> list[str]:
-        prefix = self.architecture.block_name(index) + "."
-        return [n for n in self.architecture.model.state_dict() if n.startswith(prefix)]
-
-    def _fill(self, names: list[str], ahead: dict[str, Tensor] | None = None) -> None:
-        """Put tensors into the model.
-
-        Args:
-            ahead: those that were read already, by name on disk.
-        """
-        for name in names:
-            disk_name = self.architecture.disk_names.get(name)
-            if disk_name is None:
-                continue  # a buffer that its module makes itself
-            tensor = (ahead or {}).get(disk_name)
-            if tensor is None:
-                tensor = self.checkpoint.tensor(disk_name).read()
-            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-            placed = tensor.to(self.device, dtype, non_blocking=True)
-            _set_tensor(self.architecture.model, name, placed)
-
     # -- the stream of hidden states ----------------------------------------------------------
 
     @torch.no_grad()
     def _start(self) -> Stream:
         """Run the embeddings on every batch, and record how the model calls its blocks."""
         stream = Stream("pruned", len(self._batches), self.store)
-        with self._outside():
+        with self.residence.outside():
             for number, batch in enumerate(self._batches):
                 stream.replace(number, self._embed(batch))
-            self.load(0)
+            self.residence.load(0)
             self._record_calls(stream)
         trim_heap()
         return stream
@@ -221,22 +184,12 @@ class Walk:
     @torch.no_grad()
     def _learn_calls(self, stream: Stream) -> None:
         """As `_start`, for a stream that is there already."""
-        with self._outside():
-            self.load(0)
+        with self.residence.outside():
+            self.residence.load(0)
             self._record_calls(stream)
         if self.first > 0:
-            self.release(0)
+            self.residence.release(0)
         trim_heap()
-
-    @contextmanager
-    def _outside(self) -> Iterator[None]:
-        """With the embeddings in memory, and the buffers on the device."""
-        outside = self.architecture.outside_names()
-        self._fill(outside)
-        _move_buffers(self.architecture.model, self.device)
-        yield
-        for name in outside:
-            _empty_parameters(self.architecture.model.get_submodule(name.rpartition(".")[0]))
 
     def _record_calls(self, stream: Stream) -> None:
         """For each batch size; block 0 is in memory."""
@@ -314,21 +267,15 @@ class Walk:
         """The dense model's stream behind its last block; only that is journaled."""
         stream, last = start.copy("final"), len(self.architecture.blocks) - 1
         for index in range(len(self.architecture.blocks)):
-            self.load(index)
+            self.residence.load(index)
             stream.journaled = self.store.journaled and index == last
             for number, batch in enumerate(stream):
                 call = stream.calls[len(batch)][index]
                 output = self.run(index, batch.to(self.device), call)
                 stream.replace(number, hidden_of(output))
-            self.release(index)
+            self.residence.release(index)
             self.tick(index, "running the dense model")
         return stream
-
-    def _hold_head(self) -> None:
-        """Read what lies outside the blocks, the output head too, for `predict`."""
-        prefix = self.architecture.blocks_name + "."
-        names = [n for n in self.architecture.model.state_dict() if not n.startswith(prefix)]
-        self._fill(names)
 
     def predict(self, hidden_STD: Tensor) -> Tensor:
         """Logits [S, T, V] of hidden states behind the last block; for the goal "logits"."""
@@ -393,27 +340,3 @@ class Walk:
 
     def tick(self, index: int, phase: str) -> None:
         self._tick(index, phase)
-
-
-def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
-
-
-def _empty_parameters(module: nn.Module) -> None:
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None and not parameter.is_meta:
-            module._parameters[leaf] = nn.Parameter(
-                torch.empty_like(parameter, device="meta"), requires_grad=False
-            )
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[leaf] = buffer.to(device)

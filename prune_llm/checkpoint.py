@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,35 +209,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class Hashing:
-    """A checkpoint's hash in the making, beside other work; a stopped program does not wait."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._found: str | BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._found = self._checkpoint.sha256()
-        except BaseException as error:  # raised again where the result is asked for
-            self._found = error
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it is known, after at most so many seconds."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def result(self) -> str:
-        """Wait for the hash; raises what reading the checkpoint raised."""
-        self._thread.join()
-        if isinstance(self._found, BaseException):
-            raise self._found
-        assert self._found is not None
-        return self._found
-
-
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
     """Open a local directory, or a hub name after downloading it.
 
@@ -336,20 +306,6 @@ def companions(directory: Path) -> list[Path]:
     return sorted(path for path in found if path.name not in left_out)
 
 
-def save_part(file: Path, tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
-    """Write the tensors of one block; they are collected into shards by `write_shards`."""
-    waiting = [
-        StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), file, 0, tensor.nbytes)
-        for name, tensor in tensors.items()
-    ]
-    header, _ = _layout(waiting)
-    with file.open("wb") as out:
-        out.write(header)
-        for tensor in tensors.values():
-            out.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return {tensor.name: tensor for tensor in read_header(file)}
-
-
 def write_shards(directory: Path, tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     """Copy tensors, byte for byte, into ``model.safetensors`` or numbered shards with an index.
 
@@ -388,7 +344,7 @@ def _cut_shards(tensors: list[StoredTensor]) -> list[list[StoredTensor]]:
 def _write_file(file: Path, tensors: list[StoredTensor]) -> dict[str, StoredTensor]:
     # the widest elements first, so that every tensor is aligned to its own size
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    header, position = _layout(tensors)
+    header, position = layout(tensors)
     written = {}
     with file.open("wb") as out:
         out.write(header)
@@ -404,7 +360,7 @@ def _write_file(file: Path, tensors: list[StoredTensor]) -> dict[str, StoredTens
     return written
 
 
-def _layout(tensors: list[StoredTensor]) -> tuple[bytes, int]:
+def layout(tensors: list[StoredTensor]) -> tuple[bytes, int]:
     """The header (length prefix included, padded to 8 bytes) and the number of data bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -98,6 +98,7 @@ OTHER_OPTIONS = (
     ),
     option("batch_size", type=int, help="Samples run at once.  [default: 512 tokens or more]"),
     option("activations", help="Where calibration activations are kept: auto, memory or disk."),
+    option("experts", help="Where the experts of a block lie: auto, memory or disk."),
     click.option("--ignore", multiple=True, help="Leave matching linears dense, such as '*.0.*'."),
 )
 PRUNE_OPTIONS = (*METHOD_OPTIONS, *OTHER_OPTIONS)

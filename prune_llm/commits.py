@@ -12,6 +12,7 @@ import errno
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from prune_llm.job import Job
 
 # options that the results do not depend on
-UNREAD = ("activations",)
+UNREAD = ("activations", "experts")
+# weights of a block that may wait to be packed: all
+MOST_WEIGHTS = 1 << 30
 # how long the thread waits for the model's hash at a time
 PAUSE = 0.1
 
@@ -82,6 +85,7 @@ class Commits:
         directory.mkdir(parents=True, exist_ok=True)
         self.journal = None if staging is None else Journal(directory)
         self.writer = Writer()
+        self.packer = Writer(most=MOST_WEIGHTS)
         self._tell, self._whole = tell, whole
         self._started, self._stopping = time.perf_counter(), False
         self._unwritten: list[Record] = []
@@ -97,6 +101,7 @@ class Commits:
         _traceback: TracebackType | None,
     ) -> None:
         self._stopping = True
+        self.packer.stop()
         self.writer.stop()
         if self.journal is None:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -200,8 +205,12 @@ class Commits:
             self.writer.submit(self._write_first)
         return plan
 
-    def commit(self, job: Job, walk: Walk, index: int, part: Part | None) -> None:
-        """Hand a finished block to the thread; a commit before it that failed is raised here."""
+    def commit(self, job: Job, walk: Walk, index: int, part: Future[Part] | None) -> None:
+        """Hand a finished block to the thread; a commit before it that failed is raised here.
+
+        Args:
+            part: the block's weights, which may be on their way to disk still.
+        """
         if self.journal is None:
             return
         told = self._told
@@ -223,13 +232,14 @@ class Commits:
         self.writer.submit(self._write, record, part, files, replaced)
 
     def finish(self) -> None:
-        """All commits are on disk when this returns."""
+        """All weights and commits are on disk when this returns."""
+        self.packer.drain()
         self.writer.drain()
 
     def _write(
         self,
         record: Record,
-        part: Part | None,
+        saved: Future[Part] | None,
         files: dict[str, StreamFile],
         replaced: list[StreamFile],
     ) -> None:
@@ -239,7 +249,8 @@ class Commits:
             file.sync()
         record["streams"] = {name: file.described() for name, file in files.items()}
         record["part"] = None
-        if part is not None:
+        if saved is not None:
+            part = saved.result()
             sync_file(part.file)
             record["part"] = {**described(part.file), "packed": part.packed}
         sync_directory(self.directory)

@@ -62,6 +62,9 @@ class PruneConfig:
         activations: where the calibration activations are kept between two blocks: in "memory", on
             "disk" beside the output, or "auto": in memory while they take up to half of what is
             available. The result is the same.
+        experts: where the experts of the block in work lie: in "memory", on "disk" (mapped, so that
+            only those in use need memory), or "auto": in memory while they take up to half of what
+            is available. The result is the same. On disk: on a CPU, without reconstruction.
         ignore: shell patterns over linear names ("model.layers.0.*", "mlp.down_proj") left dense.
         format: how weights are stored: "dense" (plain zeros) or "sparse" (packed; export converts).
     """
@@ -88,6 +91,7 @@ class PruneConfig:
     overrides: tuple[str, ...] = ()
     batch_size: int | None = None
     activations: str = "auto"
+    experts: str = "auto"
     ignore: tuple[str, ...] = ()
     format: str = "sparse"
 
@@ -101,6 +105,12 @@ class PruneConfig:
         _check_choice("refine", self.refine, REFINEMENTS)
         _check_choice("dtype", self.dtype, ("auto", *RUN_DTYPES))
         _check_choice("activations", self.activations, ACTIVATIONS)
+        _check_choice("experts", self.experts, ACTIVATIONS)
+        if self.experts == "disk" and self.reconstruction != "none":
+            raise ValueError(
+                f"experts 'disk': reconstruction {self.reconstruction!r} trains all experts of a "
+                "block together, in memory; give --reconstruction none, or leave --experts out"
+            )
         _check_choice("sampling", self.sampling, ("random", "first"))
         _check_choice("device", self.device.partition(":")[0], DEVICES)
         if Pattern.parse(self.pattern).sparsity == 0:

@@ -21,7 +21,6 @@ from prune_llm.checkpoint import (
     _read_config,
     locate,
     open_checkpoint,
-    save_part,
     write_shards,
 )
 from prune_llm.experts import whole_name, without_index
@@ -30,6 +29,7 @@ from prune_llm.format import PACKED
 from prune_llm.masks import Pattern
 from prune_llm.memory import return_freed_memory
 from prune_llm.model_card import write_card
+from prune_llm.part_file import save_part
 from prune_llm.slices import stacked
 from prune_llm.sparse_checkpoint import (
     SparseCheckpoint,

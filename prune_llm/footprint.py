@@ -9,8 +9,7 @@ At the peak of a block's pruning the process holds
 with the weights in the dtype that blocks run in, statistics and solvers in float32. On a GPU the
 streams, the block read ahead, and the pruned weights until they are on disk, stay on the CPU; the
 rest is on the GPU.
-What solving takes beside the Gram matrices is a table of what each method was measured to take, for
-SparseGPT what its code holds in each of its two phases.
+What solving takes beside the Gram matrices is told by `solver_copies`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ from torch import nn
 from prune_llm import architecture as arch
 from prune_llm.block import STATISTICS_BYTES
 from prune_llm.masks import Pattern
+from prune_llm.memory import available_memory
 from prune_llm.report import resident_memory
+from prune_llm.residence import expert_weights
+from prune_llm.solver_copies import AIMED, FACTORING, GROUPS, NOTHING, REFINED, UNSTRUCTURED
 from prune_llm.statistics import Needs
 from prune_llm.windows import needs, surveys
 from prune_llm_kernels.wide_products import SLICE_BYTES, slow_dtypes
@@ -37,53 +39,14 @@ if TYPE_CHECKING:
 
 # of the memory that is available: what the streams may take where the user does not say
 STREAM_SHARE = 0.5
+# and of what they leave: what the experts of a block may take
+EXPERT_SHARE = 0.5
 # a run is refused where this share of what it needs is not there: the foreseen is not exact
 SURE = 0.8
 # libraries that are loaded when they are first needed
 LATER = 50 << 20
 
 
-@dataclass(frozen=True)
-class Copies:
-    """What a method takes: Gram matrices, float32 copies of its site, of its largest linear."""
-
-    grams: float
-    site: float
-    linear: float
-
-
-# measured on single sites; of SparseGPT counted in the code: the Gram matrix's factor, the columns,
-# results and masks while it sweeps
-UNSTRUCTURED = {
-    "magnitude": Copies(0.3, 1.5, 0.5),
-    "wanda": Copies(0.3, 1.3, 1.0),
-    "sparsegpt": Copies(1.0, 2.6, 1.0),
-    "ria": Copies(0.5, 3.0, 0.5),
-    "dsnot": Copies(0.8, 1.8, 10.3),
-    "admm": Copies(8.3, 5.7, 5.9),
-    "alps": Copies(12.0, 2.3, 11.3),
-    "random": Copies(0.5, 2.5, 0.5),
-}
-GROUPS = {
-    "magnitude": Copies(0.3, 1.5, 2.5),
-    "wanda": Copies(0.3, 1.5, 2.5),
-    "sparsegpt": Copies(1.0, 2.6, 1.5),
-    "ria": Copies(0.5, 1.5, 3.5),
-    "dsnot": Copies(0.8, 3.8, 7.1),
-    "admm": Copies(8.0, 3.3, 11.3),
-    "alps": Copies(11.5, 4.0, 9.5),
-    "random": Copies(0.3, 1.5, 2.5),
-}
-# before the sweep: what factorising holds beside the Gram matrix (the damped copy, its factor)
-FACTORING = {"sparsegpt": Copies(2.3, 0, 0)}
-NOTHING = Copies(0, 0, 0)
-AIMED = Copies(6.0, 1.0, 9.0)
-REFINED = {
-    "none": Copies(0, 0, 0),
-    "swaps": Copies(5.0, 5.0, 20.0),
-    "backsolve": Copies(2.8, 4.0, 5.0),
-    "both": Copies(5.0, 5.0, 20.0),
-}
 # of a dense weight's bytes: what packing one holds at once beside the packed parts
 PACKING = 4.0
 # training: float32 weights, gradients, two moments, the copy that is put back; masks and results
@@ -99,6 +62,7 @@ class Footprint:
         gpu: None on a CPU.
         disk: beside the output until it is complete, the output included.
         streams: of all streams of hidden states; on_disk: whether they are kept there.
+        experts: of a block, where they lie on disk and one at a time is in memory; else 0.
     """
 
     memory: int
@@ -107,6 +71,7 @@ class Footprint:
     disk: int
     streams: int
     on_disk: bool
+    experts: int = 0
 
     @property
     def text(self) -> str:
@@ -115,6 +80,7 @@ class Footprint:
         return (
             f"needs about {_told(self.memory)} memory{gpu}, {_told(self.disk)} disk; "
             f"activations {where}: {_told(self.streams)}"
+            + (f"; experts on disk, one at a time: {_told(self.experts)}" if self.experts else "")
         )
 
 
@@ -128,7 +94,7 @@ def footprint(job: Job, whole: bool = False) -> Footprint:
     Args:
         whole: the pruned model is loaded whole afterwards.
     """
-    shapes = _Shapes(job)
+    shapes = _Shapes(job, experts_on_disk(job))
     streams, on_disk = stream_count(job) * stream_bytes(job), streams_on_disk(job)
     held = resident_memory()
     working = max(shapes.embedding, shapes.resident + max(shapes.running, shapes.solving))
@@ -143,8 +109,9 @@ def footprint(job: Job, whole: bool = False) -> Footprint:
         memory = max(memory, shapes.model)
     output = job.checkpoint.nbytes - shapes.stored + shapes.packed
     generations = 2 * streams if streams else 0
-    disk = shapes.packed + max(output, generations)
-    return Footprint(held + LATER + memory, held, gpu, disk, streams, on_disk)
+    # experts as they were and as they are pruned, until the block is written
+    disk = shapes.packed + max(output, generations + 2 * shapes.experts)
+    return Footprint(held + LATER + memory, held, gpu, disk, streams, on_disk, shapes.experts)
 
 
 def check_fits(found: Footprint, directory: Path, used: int = 0) -> None:
@@ -174,7 +141,7 @@ def check_fits(found: Footprint, directory: Path, used: int = 0) -> None:
 class _Shapes:
     """Bytes by what they are for."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, mapped: bool = False) -> None:
         self.job, self.item = job, job.dtype.itemsize
         architecture = job.architecture
         self.blocks = [
@@ -186,6 +153,7 @@ class _Shapes:
         )
         self.block = _values(architecture.blocks[self.largest]) * self.item
         self.linears = self.blocks[self.largest]
+        self.experts = expert_bytes(job, self.largest) if mapped else 0
         self.dense = job.calibration is not None and stream_count(job) > 1
         self.staged = job.calibration is not None and job.config.target == "dense"
 
@@ -204,17 +172,20 @@ class _Shapes:
         """The embeddings and the first block; nothing where no text is read."""
         if self.job.calibration is None:
             return 0
-        return self.outside + _values(self.job.architecture.blocks[0]) * self.item
+        mapped = expert_bytes(self.job, 0) if self.experts else 0
+        return self.outside + _values(self.job.architecture.blocks[0]) * self.item - mapped
 
     @property
     def resident(self) -> int:
         """While a block is pruned."""
         twice = (self.dense and self.job.config.reconstruction != "logits") or self.staged
-        return self.block * (1 + twice) + self.head + self._stored_apart
+        return (self.block - self.experts) * (1 + twice) + self.head + self._stored_apart
 
     @property
     def _stored_apart(self) -> int:
-        """Pruned weights that are stored in another dtype than they run in."""
+        """Pruned weights that wait for training, stored in another dtype than they run in."""
+        if self.job.config.reconstruction == "none":
+            return 0
         stored = _stored_bytes(self.job, self.linears)
         same = sum(linear.weight.numel() for linear in self.linears) * self.item == stored
         return 0 if same else stored
@@ -312,10 +283,11 @@ class _Shapes:
 
     @property
     def packing(self) -> int:
+        """Of one weight, beside the dense one; packed ones are written as they come."""
         if self.job.config.format != "sparse" or not self.linears:
             return 0
         largest = max(_stored_bytes(self.job, [linear]) for linear in self.linears)
-        return int(_packed_bytes(self.job, self.linears) + PACKING * largest)
+        return int(PACKING * largest)
 
     @property
     def stored(self) -> int:
@@ -361,6 +333,33 @@ def _packed_bytes(job: Job, linears: list[arch.Linear]) -> int:
     return int(min(stored, density * stored + weights / 8))
 
 
+def expert_bytes(job: Job, index: int) -> int:
+    """Of a block's routed experts, in the dtype they run in."""
+    names = expert_weights(job.architecture, index)
+    values = sum(int(job.architecture.model.get_parameter(name).numel()) for name in names)
+    return values * job.dtype.itemsize
+
+
+def experts_on_disk(job: Job) -> bool:
+    """Whether the experts of a block go to disk: as asked, or where they take too much memory.
+
+    Raises:
+        ValueError: it is asked for on a GPU.
+    """
+    asked, plain = job.config.experts, job.config.reconstruction == "none"
+    if asked == "disk" and job.device.type != "cpu":
+        raise ValueError(
+            f"experts 'disk': on {job.device.type} the experts of a block are on the device; give "
+            "--device cpu, or leave --experts out"
+        )
+    if asked != "auto" or job.device.type != "cpu" or not plain:
+        return asked == "disk"
+    most = max(expert_bytes(job, index) for index in range(len(job.architecture.blocks)))
+    twice = 1 + (job.config.target == "dense")
+    held = 0 if streams_on_disk(job) else stream_count(job) * stream_bytes(job)
+    return most * twice > EXPERT_SHARE * (available_memory() - held)
+
+
 def stream_bytes(job: Job) -> int:
     """Of one stream of hidden states over all samples; 0 without calibration data."""
     if job.calibration is None:
@@ -380,26 +379,3 @@ def streams_on_disk(job: Job) -> bool:
     if job.config.activations != "auto" or job.calibration is None:
         return job.config.activations == "disk" and job.calibration is not None
     return stream_count(job) * stream_bytes(job) > STREAM_SHARE * available_memory()
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, of the machine and of this process's group."""
-    meminfo = Path("/proc/meminfo")
-    found = [_meminfo(meminfo)] if meminfo.is_file() else [1 << 62]
-    return min([*found, *_group_rest()])
-
-
-def _meminfo(file: Path) -> int:
-    lines = dict(line.split(":", 1) for line in file.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def _group_rest() -> list[int]:
-    """What control groups (version 2, as in a container) leave, where they limit memory."""
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if not (limit.is_file() and used.is_file()) or limit.read_text().strip() == "max":
-        return []
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    cache = int(stat.get("inactive_file", 0))
-    return [int(limit.read_text()) - int(used.read_text()) + cache]

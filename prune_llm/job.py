@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
 from prune_llm import architecture as arch
 from prune_llm.blocks import Walk
 from prune_llm.calibration import Calibration
-from prune_llm.checkpoint import DTYPES, Checkpoint, Hashing, StoredTensor, open_checkpoint
+from prune_llm.checkpoint import DTYPES, Checkpoint, StoredTensor, open_checkpoint
 from prune_llm.config import PruneConfig
 from prune_llm.expert_tokens import expert_warnings
+from prune_llm.hashing import Hashing
 from prune_llm.plan import Plan
 from prune_llm.ranks import ALONE, Ranks
 from prune_llm.reconstruction import CHECKS, BlockReconstruction, split_samples, training_warnings
 from prune_llm.report import LinearResult, PruneReport, environment, peak_memory
 from prune_llm.sparse_writer import SparseWriter
-from prune_llm.stream_files import Store
+from prune_llm.stream_files import Store, Writer
 from prune_llm.windows import calibration_warnings, describe, draw_calibration, surveys
 
 # tokens run at once: 512 keep the matrix products of wide models at full speed and the working
@@ -71,6 +73,8 @@ class Job:
     parts: dict[str, StoredTensor] = field(default_factory=dict)
     writer: SparseWriter | None = None
     store: Store = field(default_factory=Store)  # of the streams
+    packer: Writer = field(default_factory=lambda: Writer(beside=False))  # see `saving`
+    scratch: Path | None = None  # where the experts of a block lie; None: in memory
     plan: Plan = field(default_factory=lambda: Plan({}))
     warnings: list[str] = field(default_factory=list)
     done: int = 0
@@ -123,6 +127,7 @@ class Job:
             goal="none" if survey else self.config.reconstruction,
             store=self.store.beside() if survey else self.store,
             ranks=self.ranks,
+            scratch=self.scratch,
         )
 
     @property

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from prune_llm import saving
 from prune_llm.activation.sparsify import Progress as LevelProgress
 from prune_llm.activation.sparsify import SparsifyConfig, add_levels
 from prune_llm.activation.texts import Texts
@@ -186,6 +187,9 @@ def prune_into(
         foreseen = commits.foresee(job)
         directory.mkdir(exist_ok=True)
         job.store = commits.store(foreseen.on_disk)
+        job.scratch = commits.directory if foreseen.experts else None
+        job.packer = commits.packer
+        job.packer.beside = device.type in saving.BESIDE
         job.plan = ranks.of_first(commits.plan(job))
         if config.format == "sparse" and ranks.first:
             job.writer = SparseWriter(commits.directory, job.plan.common)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prune_llm import architecture as arch
 from prune_llm.block import Block
-from prune_llm.checkpoint import DTYPES, save_part
+from prune_llm.checkpoint import DTYPES
 from prune_llm.dense_target import aimed_at_dense
 from prune_llm.expert_tokens import method_for, sees_few
 from prune_llm.masks import Pattern, Scope, check_keep_mask
@@ -21,6 +21,7 @@ from prune_llm.methods import METHODS, Problem, Solution
 from prune_llm.reconstruct_block import reconstruct_block
 from prune_llm.refinement import refined
 from prune_llm.report import LinearResult
+from prune_llm.saving import Saving
 from prune_llm.sites import Site
 from prune_llm.sparse_writer import Part
 from prune_llm.statistics import InputStatistics, Needs, all_finite
@@ -30,18 +31,25 @@ if TYPE_CHECKING:
     from prune_llm.job import Job
 
 
-def prune_block(job: Job, block: Block, directory: Path) -> Part | None:
+def prune_block(job: Job, block: Block, directory: Path) -> Future[Part] | None:
     """Calibrate, solve site by site, and put the block's weights on disk; where, if it has any."""
-    tensors: dict[str, Tensor] = {}
+    saving = Saving(job, block, directory)
+    trained: dict[str, Tensor] = {}
     for site, statistics in block.statistics(needs(job.config)):
         for linear, disk_name, solved in solve_site(job, block, site, statistics):
             stored = job.ranks.tensor_of_first(solved)
             block.assign(linear, stored)
-            tensors[disk_name] = stored.cpu()
+            if job.config.reconstruction == "none":
+                saving.add(disk_name, stored, linear.transposed)
+            else:
+                trained[disk_name] = stored.cpu()
     if job.config.reconstruction != "none":
-        reconstruct_block(job, block, tensors)
-    saves = bool(tensors) and job.ranks.first
-    part = save_block(job, block.index, tensors, directory) if saves else None
+        reconstruct_block(job, block, trained)
+    turned = {result.tensor for result in job.linears if result.transposed}
+    while trained:
+        disk_name = next(iter(trained))
+        saving.add(disk_name, trained.pop(disk_name), disk_name in turned)
+    part = saving.close()
     job.tick(block.index, "pruned")
     return part
 
@@ -121,17 +129,6 @@ def _aimed(
     aimed, notes = aimed_at_dense(weights, statistics, job.config.damping)
     job.warnings += [f"{name}: {note}" for note in notes]
     return aimed
-
-
-def save_block(job: Job, index: int, tensors: dict[str, Tensor], directory: Path) -> Part | None:
-    """Put the pruned weights of one block on disk, by their names there."""
-    if job.writer is None:
-        file = directory / f"block-{index:05d}.part"
-        job.parts |= save_part(file, tensors)
-        return Part(file)
-    sizes = job.writer.add(tensors, [r.tensor for r in job.linears if r.transposed])
-    job.linears = [replace(r, bytes_after=sizes.get(r.tensor, r.bytes_after)) for r in job.linears]
-    return job.writer.last
 
 
 def _warn_rank(job: Job, name: str, statistics: InputStatistics | None, needs: Needs) -> None:

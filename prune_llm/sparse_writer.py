@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from prune_llm.checkpoint import (
     Checkpoint,
     StoredTensor,
     read_header,
-    save_part,
     write_shards,
 )
 from prune_llm.experts import whole_name
 from prune_llm.format import BITMASK, PACKED, SUFFIXES, pack, saves_space, unpack
 from prune_llm.masks import Pattern
+from prune_llm.part_file import PartFile, save_part
 from prune_llm.slices import joined_packed, slice_names, with_parts
 from prune_llm.sparse_checkpoint import SPARSE_INDEX_FILE, VARIANT, finish_directory
 from prune_llm.sparse_format import SparseFormat
@@ -57,37 +57,18 @@ class SparseWriter:
         self.parts: dict[str, StoredTensor] = {}
         self.packed: dict[str, list[str]] = {}
         self.sizes: dict[str, int] = {}
-        self.last: Part | None = None  # what was added last
         self._files, self._kept, self._weights = 0, 0, 0
 
-    def add(self, weights: dict[str, Tensor], transposed: Collection[str] = ()) -> dict[str, int]:
-        """Pack and save pruned weights, by name on disk, in their orientation on disk.
-
-        A weight that packing does not make smaller is stored dense.
-
-        Returns:
-            The bytes each takes on disk.
-        """
-        tensors: dict[str, Tensor] = {}
-        packed: dict[str, dict[str, Any]] = {}
-        sizes = {name: stored.nbytes for name, stored in weights.items()}
+    def add(self, weights: dict[str, Tensor], transposed: Collection[str] = ()) -> None:
+        """Pack and save pruned weights, by name on disk, in their orientation on disk."""
+        part = self.open(weights)
         for name, stored in weights.items():
-            weight_OI = stored.T.contiguous() if name in transposed else stored
-            parts = pack(weight_OI, self.pattern or Pattern(0.0), name)
-            if not saves_space(parts, weight_OI):
-                tensors[name] = stored
-                continue
-            names = [name + suffix for suffix in parts]
-            tensors |= dict(zip(names, parts.values(), strict=True))
-            packed[name] = {
-                "parts": names,
-                "in_features": weight_OI.shape[1],
-                "transposed": name in transposed,
-            }
-            sizes[name] = sum(part.nbytes for part in parts.values())
-        file = self.directory / f"weight-{self._files + 1:06d}.part"
-        self._take(Part(file, packed), save_part(file, tensors))
-        return sizes
+            part.add(name, stored, name in transposed)
+        part.close()
+
+    def open(self, names: Iterable[str]) -> PackedPart:
+        """A part that weights of these names can be added to; one is open at a time."""
+        return PackedPart(self, self.directory / f"weight-{self._files + 1:06d}.part", names)
 
     def restore(self, part: Part) -> None:
         """As if the weights of a part had been added again."""
@@ -104,7 +85,6 @@ class SparseWriter:
         self.sizes |= {n: tensor.nbytes for n, tensor in tensors.items() if n not in stored}
         self.parts |= tensors
         self._files += 1
-        self.last = part
 
     def _note(self, name: str, width: int, transposed: bool) -> None:
         in_features = {name: width} if width % 8 else {}
@@ -165,6 +145,32 @@ class SparseWriter:
         del self.packed[name]
         file = self.directory / f"weight-{self._files + 1:06d}.part"
         self._take(Part(file), save_part(file, {name: stored}))
+
+
+class PackedPart:
+    """Weights that are packed as they come. One that packing does not make smaller stays dense."""
+
+    def __init__(self, writer: SparseWriter, path: Path, names: Iterable[str]) -> None:
+        self._writer, self._part = writer, Part(path)
+        self._file = PartFile(path, [name + suffix for name in names for suffix in ("", *SUFFIXES)])
+
+    def add(self, name: str, stored: Tensor, transposed: bool) -> None:
+        weight_OI = stored.T.contiguous() if transposed else stored
+        parts = pack(weight_OI, self._writer.pattern or Pattern(0.0), name)
+        if not saves_space(parts, weight_OI):
+            self._file.append(name, stored)
+            return
+        for suffix, tensor in parts.items():
+            self._file.append(name + suffix, tensor)
+        self._part.packed[name] = {
+            "parts": [name + suffix for suffix in parts],
+            "in_features": weight_OI.shape[1],
+            "transposed": transposed,
+        }
+
+    def close(self) -> Part:
+        self._writer._take(self._part, self._file.close())
+        return self._part
 
 
 def _rename_to_variant(directory: Path) -> None:

@@ -19,13 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from prune_llm.checkpoint import DTYPE_NAMES, DTYPES
 from prune_llm.durability import CHUNK_BYTES, check_file
+
+T = TypeVar("T")
 
 # where a batch may begin in its file
 ALIGNMENT = 64
@@ -111,19 +113,30 @@ class Writer:
     """A thread that does what it is given, in order, until something fails.
 
     What fails is raised by the next call, and nothing given after it is done.
+
+    Attributes:
+        most: tasks that may wait.
+        beside: whether there is a thread; else all is done where it is given.
     """
 
+    most: int = WAITING
+    beside: bool = True
     _pool: ThreadPoolExecutor | None = None
-    _waiting: deque[Future[None]] = field(default_factory=deque)
+    _waiting: deque[Future[Any]] = field(default_factory=deque)
     _failed: BaseException | None = None
 
-    def submit(self, task: Callable[..., None], *arguments: Any) -> None:
+    def submit(self, task: Callable[..., T], *arguments: Any) -> Future[T]:
         """Waits while too much is to be done."""
+        if not self.beside:
+            done: Future[T] = Future()
+            done.set_result(task(*arguments))
+            return done
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "writer")
-        while len(self._waiting) >= WAITING:
+        while len(self._waiting) >= self.most:
             self._next()
         self._waiting.append(self._pool.submit(self._run, task, *arguments))
+        return self._waiting[-1]
 
     def drain(self) -> None:
         """Wait until all is done; raises what failed."""
@@ -141,11 +154,11 @@ class Writer:
         self._waiting[0].result()
         self._waiting.popleft()
 
-    def _run(self, task: Callable[..., None], *arguments: Any) -> None:
+    def _run(self, task: Callable[..., T], *arguments: Any) -> T:
         if self._failed is not None:
             raise self._failed
         try:
-            task(*arguments)
+            return task(*arguments)
         except BaseException as error:
             self._failed = error
             raise

@@ -37,12 +37,12 @@ class Tail:
         self._resident = values * walk.dtype.itemsize <= RESIDENT_BYTES
         if self._resident:
             for place in self._behind:
-                walk.load(place)
+                walk.residence.load(place)
 
     def close(self) -> None:
         """Drop what stayed in memory."""
         for place in self._behind if self._resident else ():
-            self._walk.release(place)
+            self._walk.residence.release(place)
 
     def divergence(self, hidden_1TD: Tensor, sample: int) -> tuple[Tensor, Tensor | None]:
         """KL(dense || with these hidden states) in nats a token, and its slope [1, T, D].
@@ -91,11 +91,11 @@ class Tail:
 
     @contextmanager
     def _loaded(self, index: int) -> Iterator[None]:
-        self._walk.load(index)
+        self._walk.residence.load(index)
         try:
             yield
         finally:
-            self._walk.release(index)
+            self._walk.residence.release(index)
 
     def _divergence_of_head(
         self, hidden_1TD: Tensor, sample: int, wanted: bool

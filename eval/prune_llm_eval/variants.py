@@ -15,8 +15,6 @@ from operator import or_
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from prune_llm.block import Block
 from prune_llm.checkpoint import read_header
 from prune_llm.config import PruneConfig
@@ -25,8 +23,9 @@ from prune_llm.job import Job, Progress
 from prune_llm.memory import return_freed_memory
 from prune_llm.plan import Plan, make_plan
 from prune_llm.prune import prune_into
-from prune_llm.prune_block import save_block, solve_site
+from prune_llm.prune_block import solve_site
 from prune_llm.report import LinearResult, highest, peak_memory, restart_peak_memory
+from prune_llm.saving import Saving
 from prune_llm.sites import Site
 from prune_llm.sparse_writer import SparseWriter
 from prune_llm.statistics import InputStatistics, Needs, disable_tf32
@@ -180,15 +179,15 @@ class SharedStatistics:
         self, variant: Variant, block: Block, statistics: dict[Site, InputStatistics | None]
     ) -> None:
         self._tick(block.index, variant.name)
-        job, tensors = self._jobs[variant], dict[str, Tensor]()
+        job, folder = self._jobs[variant], self._folder(variant)
         linears, warnings = len(job.linears), len(job.warnings)
         restart_peak_memory(job.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        saving = Saving(job, block, folder)
         for site, own in statistics.items():
-            for _, disk_name, stored in solve_site(job, block, site, own):
-                tensors[disk_name] = stored.cpu()
-        if tensors:
-            self._folder(variant).mkdir(parents=True, exist_ok=True)
-            save_block(job, block.index, tensors, self._folder(variant))
+            for linear, disk_name, stored in solve_site(job, block, site, own):
+                saving.add(disk_name, stored, linear.transposed)
+        saving.close()
         found = [asdict(result) for result in job.linears[linears:]]
         told = job.warnings[warnings:]
         del job.linears[linears:], job.warnings[warnings:]

@@ -11,21 +11,11 @@ from tiny_models import llama_config, save_model
 
 from prune_llm import PruneConfig, prune
 from prune_llm.calibration import Calibration
-from prune_llm.footprint import (
-    AIMED,
-    FACTORING,
-    GROUPS,
-    LATER,
-    REFINED,
-    UNSTRUCTURED,
-    Footprint,
-    available_memory,
-    footprint,
-    streams_on_disk,
-)
+from prune_llm.footprint import LATER, Footprint, available_memory, footprint, streams_on_disk
 from prune_llm.job import Job
 from prune_llm.methods import METHODS
 from prune_llm.refinement import REFINEMENTS
+from prune_llm.solver_copies import AIMED, FACTORING, GROUPS, REFINED, UNSTRUCTURED
 
 # of one block of the model below
 D, F, KV = 64, 100, 32

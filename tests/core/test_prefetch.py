@@ -88,7 +88,7 @@ def readers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     def ahead(self: Job, survey: bool = False) -> object:
         found = walk(self, survey)
-        found.reads_ahead = True
+        found.residence.reads_ahead = True
         return found
 
     def noted(self: StoredTensor) -> Tensor:
