@@ -68,8 +68,9 @@ def filling(last: int) -> Callable[[int, str], None]:
 
 
 def run(request: dict[str, Any], output: Path, resume: bool) -> None:
-    from prune_llm import PruneConfig, SparsifyConfig, prune, prune_within
+    from prune_llm import PruneConfig, SparsifyConfig, prune, prune_within, saving
 
+    saving.BESIDE = frozenset({"cpu"} if request.get("beside") else ())  # as on a GPU
     config = PruneConfig(**request["config"])
     levels = SparsifyConfig(**request["levels"]) if "levels" in request else None
     if "within" in request:

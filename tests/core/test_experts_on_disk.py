@@ -162,7 +162,7 @@ def test_what_cannot_be_is_refused(job: Job) -> None:
     with pytest.raises(ValueError, match="experts 'ram': unknown"):
         PruneConfig(experts="ram")
     job.device = torch.device("cuda")
-    with pytest.raises(ValueError, match="experts 'disk': on cuda .* --device cpu"):
+    with pytest.raises(ValueError, match=r"experts 'disk': on cuda .* --device cpu"):
         experts_on_disk(asking(job, experts="disk"))
 
 

@@ -43,6 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
     "experts": {"stride": 11, "model": "experts", "config": {"method": "wanda"}},
+    "experts on disk": {
+        "stride": 11, "model": "experts", "beside": True,
+        "config": {"method": "wanda", "experts": "disk"},
+    },
+    "packed beside": {"stride": 12, "beside": True, "config": {"method": "wanda"}},
     "levels": {
         "stride": 19, "config": {"method": "wanda"}, "levels": {"activation_sparsity": [0.3]}
     },
