@@ -28,10 +28,11 @@ from prune_llm.job import Job
 from prune_llm.masks import Pattern
 from prune_llm.methods import METHODS, Problem
 from prune_llm.report import peak_memory, restart_peak_memory
+from prune_llm.saving import DensePart
 from prune_llm.sparse_checkpoint import open_stored
 from prune_llm.staging import Staging
 from prune_llm.statistics import Needs
-from prune_llm_eval import comparison, variants
+from prune_llm_eval import comparison
 from prune_llm_eval.compare import evaluate_all, zeros_share
 from prune_llm_eval.comparison import ComparisonConfig, compare_methods
 from prune_llm_eval.journal import JOURNAL_FILE, Journal
@@ -309,12 +310,12 @@ def test_stopped_between_weights_and_record_it_solves_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def half(_job: Any, index: int, _tensors: Any, directory: Path) -> None:
-        (directory / f"block-{index:05d}.part").write_bytes(b"half")
+    def half(part: DensePart) -> None:
+        part._file.path.write_bytes(b"half")
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(variants, "save_block", half)
+        patched.setattr(DensePart, "close", half)
         with pytest.raises(Stop):
             compare_methods(tiny_llama, small(corpus, other), tmp_path / "out")
     compare_methods(tiny_llama, small(corpus, other), tmp_path / "out")
