@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from prune_llm.statistics import InputStatistics, Needs
 
 # run in each process: every job of a file, then one that is refused
 DRIVER = """
-import json, sys
+import json, os, sys
 from prune_llm import PruneConfig, prune
 
 model, moe, folder, jobs = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
@@ -46,6 +47,7 @@ for options, resume, message in (
         assert message in str(error), error
     else:
         raise SystemExit(f"not refused: {message}")
+assert sorted(os.listdir(folder)) == sorted(["driver.py", *jobs]), "refused runs left something"
 print("all done")
 """
 # a CPU counts as a device: `--cpu` of accelerate would start one process
@@ -198,6 +200,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in {"RANK": "1", "WORLD_SIZE": "3", **address}.items():
         monkeypatch.setenv(name, value)
+    # the others never come: what is not refused would wait for them, not fail
+    monkeypatch.setattr(torch.distributed, "init_process_group", _not_met)
+
+
+def _not_met(backend: str, timeout: timedelta) -> None:
+    raise AssertionError("not refused before the processes meet")
 
 
 @pytest.mark.usefixtures("launched")
@@ -258,6 +266,34 @@ def test_shares_are_all_samples_in_order(samples: int, count: int) -> None:
     shares = [Ranks(rank, count).share(samples_ST) for rank in range(count)]
     assert torch.equal(torch.cat(shares), samples_ST)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_fewer_samples_than_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="samples 2: fewer than the 3 processes that share them; "):
+        Ranks(1, 3).share(torch.zeros(2, 4))
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    cuda = torch.device("cuda")
+    assert Ranks(1, 3).device(cuda) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # of another machine's first process
+    assert Ranks(2, 3).device(cuda) == torch.device("cuda", 0)
+    for asked in ("cpu", "cuda:1"):
+        assert Ranks(2, 3).device(torch.device(asked)) == torch.device(asked)
+    assert ALONE.device(cuda) == cuda
+    assert taken == [1, 0]
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    message = "device 'cuda': process 2 of this machine has none of its 2 CUDA devices; start as"
+    with pytest.raises(ValueError, match=f"^{message} many processes as devices$"):
+        Ranks(2, 3).device(torch.device("cuda"))
 
 
 def test_statistics_of_one_process_need_no_sum() -> None:
