@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,13 @@ except ImportError as error:
 from prune_llm_kernels import gpu_cuda, gpu_layout, reference
 from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.gpu_ops import CHUNK
+from prune_llm_kernels.plan import Gate
 
 if TYPE_CHECKING:
     from prune_llm_kernels.packed_weight import PackedWeight
     from prune_llm_kernels.plan import Plan
 
+MAX_SIDE = 3  # products that are finished together
 MAX_ROWS = 16  # more rows are multiplied with the unpacked weight
 SUMMED_ROWS = 4  # up to so many rows the sums stay in threads; more go to the tensor cores
 DENSE_BLOCK = 512  # outputs of a program over a dense weight
@@ -78,8 +81,14 @@ class ChannelList:
     in_features: int
 
 
-def list_channels(x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None) -> ChannelList:
-    """Which channels count: |x| * scale > threshold in float32; see reference.counting."""
+def list_channels(
+    x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None, totals: Tensor | None = None
+) -> ChannelList:
+    """Which channels count: |x| * scale > threshold in float32; see reference.counting.
+
+    Args:
+        totals: int64 [3]; the numbers of channels, inputs and rows that count are added to it.
+    """
     B, I = x_BI.shape
     check_device(x_BI)
     channels = empty_list(x_BI, I)
@@ -90,11 +99,13 @@ def list_channels(x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None) -
         channels.listed_CN,
         channels.x_CBN,
         channels.counts_C,
+        channels.counts_C if totals is None else totals,
         B,
         I,
         B=_power(B),
         CHUNK=CHUNK,
         SCALED=scales_I is not None,
+        TOTAL=totals is not None,
     )
     return channels
 
@@ -126,30 +137,91 @@ def listed_swiglu(
         stacked: W1 above W2, [2 O, I]; see gpu_layout.stack_rows.
         bias: of both, [2 O].
     """
+    O = stacked.out_features // 2
+    y_BO = channels.x_CBN.new_empty(channels.x_CBN.shape[1], O)
+    biases = None if bias is None else (bias[:O], bias[O:])
+    gate = None if thresholds_B is None else Gate(thresholds_B, scales_O)
     partials_SBO = _partials(channels.x_CBN, channels, stacked)
+    return y_BO, finish_swiglu(partials_SBO, biases, y_BO, gate)
+
+
+def product_sums(x_BI: Tensor, channels: ChannelList | None, weight: ChannelWeight) -> Tensor:
+    """x W^T in float32, split by channels, [splits, B, O]; with a list over its channels only."""
+    return _partials(x_BI if channels is None else channels.x_CBN, channels, weight)
+
+
+def finish_linears(
+    partials_SBO: Tensor,
+    biases: Sequence[Tensor | None],
+    outs_BO: Sequence[Tensor],
+    accumulate: bool = False,
+) -> None:
+    """Add the splits of up to three products side by side, and write each where it belongs.
+
+    Args:
+        outs_BO: contiguous; all but the last have a multiple of CHUNK columns.
+        accumulate: add to what they hold.
+    """
     splits, B, wide = partials_SBO.shape
-    y_BO = partials_SBO.new_empty(B, wide // 2, dtype=stacked.dtype)
-    following = None if thresholds_B is None else empty_list(y_BO, wide // 2)
+    count, given = len(outs_BO), [bias for bias in biases if bias is not None]
+    assert 1 <= count <= MAX_SIDE and sum(out.shape[1] for out in outs_BO) == wide
+    if given and len(given) < count:  # some have none
+        biases = [outs_BO[i].new_zeros(outs_BO[i].shape[1]) if bias is None else bias
+                  for i, bias in enumerate(biases)]  # fmt: skip
+    firsts = [sum(out.shape[1] for out in outs_BO[:i]) for i in range(count)]
+    firsts += [wide] * (MAX_SIDE - count)
+    assert not any(first % CHUNK for first in firsts[1:count])
+    outs = [*outs_BO, *[outs_BO[0]] * (MAX_SIDE - count)]
+    added = [*biases, *[biases[0]] * (MAX_SIDE - count)] if given else outs
+    gpu_triton.finish_linears[(-(-wide // CHUNK),)](
+        partials_SBO,
+        *added,
+        *outs,
+        B,
+        wide,
+        *firsts[1:],
+        splits,
+        B=_power(B),
+        CHUNK=CHUNK,
+        BIASED=bool(given),
+        ADD=accumulate,
+    )
+
+
+def finish_swiglu(
+    partials_SBO: Tensor,
+    biases: tuple[Tensor, Tensor] | None,
+    out_BO: Tensor,
+    gate: Gate | None,
+) -> ChannelList | None:
+    """out = silu(a) * b of two products side by side, and for a gate the list of its channels."""
+    splits, B, wide = partials_SBO.shape
+    following = None if gate is None else empty_list(out_BO, wide // 2)
     unused = partials_SBO  # an argument that the kernel does not read
+    scales = totals = None
+    if gate is not None:
+        scales, totals = gate.scales_I, gate.counts
     gpu_triton.finish_swiglu[(-(-wide // 2 // CHUNK),)](
         partials_SBO,
-        unused if bias is None else bias,
-        y_BO,
-        unused if thresholds_B is None else thresholds_B,
-        unused if scales_O is None else scales_O,
+        *((unused, unused) if biases is None else biases),
+        out_BO,
+        unused if gate is None else gate.thresholds_B,
+        unused if scales is None else scales,
         unused if following is None else following.listed_CN,
-        y_BO if following is None else following.x_CBN,
+        out_BO if following is None else following.x_CBN,
         unused if following is None else following.counts_C,
+        unused if totals is None else totals,
         B,
         wide // 2,
         splits,
         B=_power(B),
         CHUNK=CHUNK,
-        BIASED=bias is not None,
-        SCALED=scales_O is not None,
+        BIASED=biases is not None,
+        SCALED=scales is not None,
         LIST=following is not None,
+        TOTAL=totals is not None,
     )
-    return y_BO, following
+    return following
 
 
 def channel_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None) -> Tensor:
@@ -215,7 +287,7 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
     arguments: tuple[Any, ...]
     grid, ends = (blocks, splits), (rows, I, O, per_split, chunks)
     if weight.starts is None:
-        arguments = x, *lists, weight.data, partials_SBO, *ends, weight.data.shape[1]
+        arguments = x, *lists, weight.data, partials_SBO, *ends, weight.data.stride(0)
         gpu_triton.dense_linear[grid](*arguments, **sizes, **dense_config(rows))
         return partials_SBO
     stored = weight.data, weight.data.view(torch.int32), weight.starts
@@ -276,19 +348,8 @@ def dense_config(rows: int) -> dict[str, int]:
 
 def _finished(partials_SBO: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The sum of the splits, rounded once."""
-    splits, B, O = partials_SBO.shape
-    y_BO = partials_SBO.new_empty(B, O, dtype=dtype)
-    gpu_triton.finish_linear[(-(-O // CHUNK),)](
-        partials_SBO,
-        partials_SBO if bias is None else bias,
-        y_BO,
-        B,
-        O,
-        splits,
-        B=_power(B),
-        CHUNK=CHUNK,
-        BIASED=bias is not None,
-    )
+    y_BO = partials_SBO.new_empty(partials_SBO.shape[1:], dtype=dtype)
+    finish_linears(partials_SBO, [bias], [y_BO])
     return y_BO
 
 

@@ -26,10 +26,12 @@ BUDGETS = {80: 11.0, 86: 22.0, 89: 47.0, 90: 8.9}
 _POINTERS = {
     "x": "*bf16", "listed": "*i32", "listed_x": "*bf16", "counts": "*i32", "data": "*bf16",
     "words": "*i32", "starts": "*i32", "weight": "*bf16", "dense": "*bf16", "partials": "*fp32",
-    "bias": "*bf16", "y": "*bf16", "thresholds": "*fp32", "scales": "*fp32",
+    "bias": "*bf16", "second_bias": "*bf16", "third_bias": "*bf16", "y": "*bf16",
+    "second_y": "*bf16", "third_y": "*bf16", "thresholds": "*fp32", "scales": "*fp32",
+    "totals": "*i64",
 }  # fmt: skip
 # arguments of the 8B shapes that are multiples of 16, as Triton finds out at a launch
-_ROUND = ("columns", "outputs", "width")
+_ROUND = ("columns", "outputs", "width", "second", "third")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ CASES = (
     Case("dense_linear", 4),
     Case("unpack", 1),
     Case("list_channels", 1),
-    Case("finish_linear", 1),
+    Case("finish_linears", 1),
     Case("finish_swiglu", 1),
 )
 
@@ -87,9 +89,9 @@ def constants(case: Case, block: int = 512) -> dict[str, Any]:
         "packed_matmul": {**packed, "NATIVE": True},
         "dense_linear": {**dense, "LISTED": case.listed, "EVEN": True},
         "unpack": {"STEP": 4, "BLOCK": block, "NATIVE": True, "num_warps": block // 128},
-        "list_channels": {**rows, "SCALED": True},
-        "finish_linear": {**rows, "BIASED": False},
-        "finish_swiglu": {**rows, "BIASED": False, "SCALED": True, "LIST": True},
+        "list_channels": {**rows, "SCALED": True, "TOTAL": True},
+        "finish_linears": {**rows, "BIASED": False, "ADD": True},
+        "finish_swiglu": {**rows, "BIASED": False, "SCALED": True, "LIST": True, "TOTAL": True},
     }[case.kernel]
 
 

@@ -16,6 +16,8 @@ Shape letters: O = output features, I = input features, N = outputs of a block, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ UNIT = 16  # bytes; what a bulk copy moves, and what a start counts
 WORD = 32  # outputs of a mask word
 BLOCKS = (256, 512, 1024)  # outputs a block may have
 BLOCK = 512
+MULTIPLE = 128  # outputs that are finished by one program, of one weight only
 
 
 def pack_channels(weight: PackedWeight, block: int = BLOCK) -> ChannelWeight:
@@ -164,3 +167,79 @@ def stack_rows(weights: Sequence[PackedWeight]) -> PackedWeight:
     counts = torch.cat([w.offsets.diff() for w in weights if w.offsets is not None])
     offsets = F.pad(counts.to(torch.int64).cumsum(0), (1, 0))
     return PackedWeight(bitmask, packed, offsets, first.in_features, first.name)
+
+
+def lay_together(weights: Sequence[ChannelWeight]) -> tuple[ChannelWeight, ...]:
+    """The same weights behind each other in one memory, so that one launch can multiply them all.
+
+    What `joined` recognises. Weights that cannot lie together come back as they are: of different
+    inputs, blocks or forms, or with outputs that do not fill their blocks, the last excepted.
+    """
+    first = weights[0]
+    kinds = {(w.in_features, w.dtype, w.tile, w.starts is None) for w in weights}
+    step = first.tile if first.starts is not None else MULTIPLE
+    if len(kinds) > 1 or any(w.out_features % step for w in weights[:-1]):
+        return tuple(weights)
+    if first.starts is None:
+        wide = torch.cat([w.data[:, : w.out_features] for w in weights], 1)
+        parts = wide.split([w.out_features for w in weights], 1)
+        return tuple(replace(w, data=part) for w, part in zip(weights, parts, strict=True))
+    unit = UNIT // first.data.element_size()
+    starts = [w.starts for w in weights if w.starts is not None]
+    # one wait for the device: the segments of each, without the unit that packing leaves behind
+    ends = torch.stack([s[[0, -1]] for s in starts]).tolist()
+    data = torch.cat([
+        *(w.data[a * unit : b * unit] for w, (a, b) in zip(weights, ends, strict=True)),
+        first.data.new_zeros(unit),
+    ])  # fmt: skip
+    if data.numel() // unit >= 2**31:
+        return tuple(weights)
+    shift, moved = 0, []
+    for s, (a, b) in zip(starts, ends, strict=True):
+        moved.append(s[:-1] - a + shift)
+        shift += b - a
+    together = torch.cat([*moved, starts[0].new_tensor([shift])])
+    found, at = [], 0
+    for w in weights:
+        count = w.tiles * w.in_features
+        found.append(replace(w, data=data, starts=together[at : at + count + 1]))
+        at += count
+    return tuple(found)
+
+
+def joined(weights: Sequence[ChannelWeight]) -> ChannelWeight | None:
+    """Weights that lie behind each other as one [sum of O, I]; None where they do not."""
+    first, O = weights[0], sum(w.out_features for w in weights)
+    if len(weights) == 1:
+        return first
+    for one, other in pairwise(weights):
+        if not _adjacent(one, other):
+            return None
+    if first.starts is None:
+        shape = first.in_features, O
+        data = first.data.as_strided(shape, (first.data.stride(0), 1), first.data.storage_offset())
+        return replace(first, data=data, out_features=O)
+    count = sum(w.tiles for w in weights) * first.in_features + 1
+    starts = first.starts.as_strided((count,), (1,), first.starts.storage_offset())
+    return replace(first, starts=starts, out_features=O)
+
+
+def _adjacent(one: ChannelWeight, other: ChannelWeight) -> bool:
+    """Whether the outputs of one go on where those of the other end."""
+    if one.in_features != other.in_features or one.tile != other.tile or one.dtype != other.dtype:
+        return False
+    if one.starts is None or other.starts is None:
+        end = one.data.data_ptr() + one.out_features * one.data.element_size()
+        return (
+            one.starts is other.starts
+            and not one.out_features % MULTIPLE
+            and one.data.stride(0) == other.data.stride(0)
+            and one.data.untyped_storage().data_ptr() == other.data.untyped_storage().data_ptr()
+            and end == other.data.data_ptr()
+        )
+    end = one.starts.data_ptr() + one.tiles * one.in_features * one.starts.element_size()
+    return (
+        not one.out_features % one.tile
+        and one.data.data_ptr() == other.data.data_ptr()
+        and end == other.starts.data_ptr()
+    )

@@ -15,12 +15,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from prune_llm_kernels import gpu
 from prune_llm_kernels.channel_weight import ChannelWeight
+from prune_llm_kernels.gpu_linears import Input, Linears, SwiGLU, parts
 from prune_llm_kernels.kv_cache import LANES, KeyValueCache
-from prune_llm_kernels.packed_weight import PackedWeight
 from prune_llm_kernels.plan import (
     AnyWeight,
     AttentionStep,
@@ -31,7 +29,6 @@ from prune_llm_kernels.plan import (
     check_rows,
     check_step,
 )
-from prune_llm_kernels.reference import counting
 from prune_llm_kernels.reference_plan import rms_norm, rotate, silu_mul
 
 Operation = Callable[[int], object]  # is told the rows of the run
@@ -58,13 +55,13 @@ class GpuPlan:
         gate: Gate | None = None,
     ) -> None:
         check_linears(x_BI, weights, biases, outs_BO, self._dtype, gate)
-        for weight in weights:
-            if isinstance(weight, PackedWeight):
-                raise ValueError("a packed weight is in rows; a GPU decodes to_channels(weight)")
-            if gate is not None and not isinstance(weight, ChannelWeight):
-                raise ValueError("skipping inputs needs channel-major weights: to_channels(weight)")
-        parts = list(zip(weights, biases, outs_BO, strict=True))
-        self._add(x_BI, partial(_linears, x_BI, parts, accumulate, gate))
+        found = parts(weights, biases, outs_BO)
+        if gate is not None and not all(isinstance(w, ChannelWeight) for w in weights):
+            raise ValueError("skipping inputs needs channel-major weights: to_channels(weight)")
+        source, last = Input(x_BI, gate), self._operations[-1] if self._operations else None
+        if gate is not None and isinstance(last, SwiGLU) and last.out_BO is x_BI:
+            last.following = source  # its epilogue makes the list
+        self._add(x_BI, Linears(source, found, accumulate))
 
     def swiglu(
         self,
@@ -87,6 +84,13 @@ class GpuPlan:
     def silu_mul(self, gate_BI: Tensor, up_BI: Tensor, out_BI: Tensor) -> None:
         check_buffer("up", up_BI, self._dtype, tuple(gate_BI.shape))
         check_buffer("out", out_BI, self._dtype, tuple(gate_BI.shape))
+        last = self._operations[-1] if self._operations else None
+        if isinstance(last, Linears) and not last.accumulate:
+            outs = [part.out_BO for part in last.parts]
+            if len(outs) == 2 and outs[0] is gate_BI and outs[1] is up_BI:
+                self._operations[-1] = SwiGLU(last, out_BI)
+                self._graphs.clear()
+                return
         self._add(
             gate_BI,
             lambda n: out_BI[:n].copy_(silu_mul(gate_BI[:n].float(), up_BI[:n].float())),
@@ -135,39 +139,6 @@ class GpuPlan:
                 self._replay(rows)
             self._graphs[rows] = found
         return found
-
-
-def _linears(
-    x_BI: Tensor,
-    parts: Sequence[tuple[AnyWeight, Tensor | None, Tensor]],
-    accumulate: bool,
-    gate: Gate | None,
-    rows: int,
-) -> None:
-    x_BI, channels = x_BI[:rows], None
-    if gate is not None:
-        channels = gpu.list_channels(x_BI, gate.thresholds_B[:rows], gate.scales_I)
-        _count(x_BI, gate, channels)
-    for weight, bias, out in parts:
-        if isinstance(weight, Tensor):
-            y_BO = F.linear(x_BI, weight, bias)
-        elif channels is None:
-            assert isinstance(weight, ChannelWeight)
-            y_BO = gpu.channel_linear(x_BI, weight, bias)
-        else:
-            assert isinstance(weight, ChannelWeight)
-            y_BO = gpu.listed_linear(channels, weight, bias)
-        out[:rows].copy_(out[:rows] + y_BO if accumulate else y_BO)
-
-
-def _count(x_BI: Tensor, gate: Gate, channels: gpu.ChannelList) -> None:
-    """Add what a gate lets through to its counts, on the device."""
-    if gate.counts is None:
-        return
-    thresholds_B = gate.thresholds_B[: len(x_BI)]
-    counted = counting(x_BI, thresholds_B, gate.scales_I).sum()
-    listed, live = channels.counts_C.sum(), (thresholds_B < torch.inf).sum()
-    gate.counts.add_(torch.stack([listed, counted, live]))
 
 
 def _attend(step: AttentionStep, rows: int) -> None:

@@ -59,11 +59,14 @@ def _counting(x, thresholds, scales, live, SCALED: tl.constexpr):
 
 @triton.jit
 def _write_list(
-    x, counted, chunk, listed, listed_x, counts, rows, B: tl.constexpr, CHUNK: tl.constexpr
-):
+    x, counted, chunk, limits, listed, listed_x, counts, totals, rows,
+    B: tl.constexpr, CHUNK: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
     """The channels of a chunk that any row counts, in order, and their inputs.
 
     Behind them the last one again with inputs of zero: a reader takes STEP at a time, unmasked.
+    With TOTAL the numbers of channels, inputs and rows that count are added to ``totals``, int64:
+    sums of integers are the same in any order.
     """
     channel, row = tl.arange(0, CHUNK), tl.arange(0, B)
     any_row = tl.max(counted.to(tl.int32), 0)
@@ -76,12 +79,18 @@ def _write_list(
     to = listed_x + (chunk * rows + row[:, None]) * CHUNK + place[None, :]
     tl.store(to, tl.where(counted, x, tl.zeros_like(x)), mask=(row < rows)[:, None])
     tl.store(counts + chunk, number)
+    if TOTAL:
+        tl.atomic_add(totals, number.to(tl.int64))
+        tl.atomic_add(totals + 1, tl.sum(tl.sum(counted.to(tl.int32), 1), 0).to(tl.int64))
+        if chunk == 0:
+            live = ((limits < float("inf")) & (row < rows)).to(tl.int32)
+            tl.atomic_add(totals + 2, tl.sum(live, 0).to(tl.int64))
 
 
 @triton.jit
 def list_channels(
-    x, thresholds, scales, listed, listed_x, counts, rows, columns,
-    B: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr,
+    x, thresholds, scales, listed, listed_x, counts, totals, rows, columns,
+    B: tl.constexpr, CHUNK: tl.constexpr, SCALED: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     """One program a chunk of x [rows, columns]."""
     chunk = tl.program_id(0)
@@ -92,7 +101,9 @@ def list_channels(
     limits = tl.load(thresholds + row, mask=row < rows, other=float("inf"))
     factors = tl.load(scales + column, mask=column < columns, other=0) if SCALED else limits
     counted = _counting(inputs, limits, factors, live, SCALED)
-    _write_list(inputs, counted, chunk, listed, listed_x, counts, rows, B, CHUNK)
+    _write_list(
+        inputs, counted, chunk, limits, listed, listed_x, counts, totals, rows, B, CHUNK, TOTAL
+    )
 
 
 @triton.jit
@@ -281,47 +292,65 @@ def unpack(
 
 
 @triton.jit
-def _total(partials, bias, row, output, rows, outputs, inside, splits, BIASED: tl.constexpr):
-    """The sum of the splits in their order, and the bias, [B, outputs of the program]."""
+def _total(partials, row, output, rows, outputs, inside, splits):
+    """The sum of the splits in their order, [B, outputs of the program]."""
     at = row[:, None] * outputs + output[None, :]
     total = tl.load(partials + at, mask=inside, other=0)
     for split in range(1, splits):
         total += tl.load(partials + split * rows * outputs + at, mask=inside, other=0)
-    if BIASED:
-        total += tl.load(bias + output, mask=output < outputs, other=0).to(tl.float32)[None, :]
     return total
 
 
 @triton.jit
-def finish_linear(
-    partials, bias, y, rows, outputs, splits,
-    B: tl.constexpr, CHUNK: tl.constexpr, BIASED: tl.constexpr,
+def finish_linears(
+    partials, bias, second_bias, third_bias, y, second_y, third_y,
+    rows, outputs, second, third, splits,
+    B: tl.constexpr, CHUNK: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """y = the sum of the splits + bias."""
+    """The sum of the splits + bias, or with ADD y + that, of up to three products side by side.
+
+    The second begins at output ``second``, the third at ``third``, multiples of CHUNK; where there
+    is none, at ``outputs`` or behind. Each y has as many columns as outputs are its own.
+    """
     row, output = tl.arange(0, B), tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    inside = (row < rows)[:, None] & (output < outputs)[None, :]
-    total = _total(partials, bias, row, output, rows, outputs, inside, splits, BIASED)
-    to = y + row[:, None] * outputs + output[None, :]
+    begin, end = tl.program_id(0) * 0, tl.minimum(second, outputs)
+    if tl.program_id(0) * CHUNK >= third:
+        y, bias, begin, end = third_y, third_bias, third, outputs
+    elif tl.program_id(0) * CHUNK >= second:
+        y, bias, begin, end = second_y, second_bias, second, tl.minimum(third, outputs)
+    inside = (row < rows)[:, None] & (output < end)[None, :]
+    total = _total(partials, row, output, rows, outputs, inside, splits)
+    if BIASED:
+        total += tl.load(bias + output - begin, mask=output < end, other=0).to(tl.float32)[None, :]
+    to = y + row[:, None] * (end - begin) + (output - begin)[None, :]
+    if ADD:
+        total += tl.load(to, mask=inside, other=0).to(tl.float32)
     tl.store(to, total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def finish_swiglu(
-    partials, bias, y, thresholds, scales, listed, listed_x, counts, rows, outputs, splits,
+    partials, bias, second_bias, y, thresholds, scales, listed, listed_x, counts, totals,
+    rows, outputs, splits,
     B: tl.constexpr, CHUNK: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr,
-    LIST: tl.constexpr,
+    LIST: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     """y = silu(first half) * second half of the sums, and the list of its large channels."""
     chunk = tl.program_id(0)
     row, output = tl.arange(0, B), chunk * CHUNK + tl.arange(0, CHUNK)
     inside = (row < rows)[:, None] & (output < outputs)[None, :]
     wide = 2 * outputs
-    gate = _total(partials, bias, row, output, rows, wide, inside, splits, BIASED)
-    up = _total(partials, bias, row, outputs + output, rows, wide, inside, splits, BIASED)
+    gate = _total(partials, row, output, rows, wide, inside, splits)
+    up = _total(partials, row, outputs + output, rows, wide, inside, splits)
+    if BIASED:
+        gate += tl.load(bias + output, mask=output < outputs, other=0).to(tl.float32)[None, :]
+        up += tl.load(second_bias + output, mask=output < outputs, other=0).to(tl.float32)[None, :]
     product = (gate / (1 + tl.exp(-gate)) * up).to(y.dtype.element_ty)
     tl.store(y + row[:, None] * outputs + output[None, :], product, mask=inside)
     if LIST:
         limits = tl.load(thresholds + row, mask=row < rows, other=float("inf"))
         factors = tl.load(scales + output, mask=output < outputs, other=0) if SCALED else limits
         counted = _counting(product, limits, factors, inside, SCALED)
-        _write_list(product, counted, chunk, listed, listed_x, counts, rows, B, CHUNK)
+        _write_list(
+            product, counted, chunk, limits, listed, listed_x, counts, totals, rows, B, CHUNK, TOTAL
+        )

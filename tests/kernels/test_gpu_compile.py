@@ -26,7 +26,7 @@ BOUNDS: dict[tuple[str, int, bool], tuple[int, float | None]] = {
     ("dense_linear", 4, True): (128, 11.8),
     ("unpack", 1, True): (48, None),
     ("list_channels", 1, True): (32, None),
-    ("finish_linear", 1, True): (32, None),
+    ("finish_linears", 1, True): (32, None),
     ("finish_swiglu", 1, True): (40, None),
 }
 SPILLED = 16  # bytes: four registers at most
