@@ -21,8 +21,9 @@ from torch import Tensor
 from prune_llm.activation.decoding import ModelLevels, PlanGates, choose_level
 from prune_llm.activation.levels import DENSE
 from prune_llm.attention import FastAttention
-from prune_llm.channel_linear import ChannelLinear, packed_linears, use_channels
+from prune_llm.channel_linear import ChannelLinear
 from prune_llm.fused_block import FusedBlock
+from prune_llm.gpu_model import prepare
 from prune_llm.parts import ModelParts, OtherParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
 from prune_llm_kernels import tokens
@@ -47,6 +48,7 @@ class DecodeStatistics:
             where nothing was counted. read: share of the channels that were read for it: more than
             active where several rows ran together.
         drafted, accepted: tokens proposed by a draft level, and how many of them were right.
+        ways: on a GPU, which way the products of each shape and batch take, by measurement.
     """
 
     level: str = DENSE
@@ -54,6 +56,7 @@ class DecodeStatistics:
     read: float | None = None
     drafted: int = 0
     accepted: int = 0
+    ways: tuple[dict[str, Any], ...] = ()
 
 
 class Decoder(Protocol):
@@ -89,11 +92,13 @@ def new_decoder(
     levels = choose_level(model, level)
     if draft is not None:
         choose_level(model, draft.level)
+    ways: list[dict[str, Any]] = []
     if model.device.type == "cuda":
-        use_channels(model, packed_linears(model))
+        rows = (1,) if draft is None else (1, draft.tokens + 1)
+        ways = prepare(model, rows, levels)
     reason = recordable(model)
     if reason is None:
-        decoder = PlanDecoder(read_parts(model), capacity, levels, level)
+        decoder = PlanDecoder(read_parts(model), capacity, levels, level, tuple(ways))
         return decoder if draft is None else SpeculativeDecoder(decoder, draft)
     if draft is not None:
         raise ValueError(
@@ -183,8 +188,9 @@ class PlanDecoder:
         capacity: int,
         levels: ModelLevels | None = None,
         level: str = DENSE,
+        ways: tuple[dict[str, Any], ...] = (),
     ) -> None:
-        self.parts, self.levels, self._level = parts, levels, level
+        self.parts, self.levels, self._level, self.ways = parts, levels, level, ways
         first = parts.blocks[0]
         kv_heads = first.key.out_features // first.head_size
         self.caches = [
@@ -216,8 +222,8 @@ class PlanDecoder:
     def statistics(self) -> DecodeStatistics:
         gates = self._recording.blocks.gates
         if gates is None:
-            return DecodeStatistics(self._level)
-        return DecodeStatistics(self._level, gates.active, gates.read)
+            return DecodeStatistics(self._level, ways=self.ways)
+        return DecodeStatistics(self._level, gates.active, gates.read, ways=self.ways)
 
     @property
     def cache_bytes(self) -> int:
@@ -342,7 +348,8 @@ class SpeculativeDecoder:
     def statistics(self) -> DecodeStatistics:
         gates = self._drafter.blocks.gates
         active, read = (None, None) if gates is None else (gates.active, gates.read)
-        return DecodeStatistics(self._level, active, read, self._drafted, self._accepted)
+        counted = self._drafted, self._accepted
+        return DecodeStatistics(self._level, active, read, *counted, self._decoder.ways)
 
     @torch.inference_mode()
     def _propose(self, token: int) -> None:

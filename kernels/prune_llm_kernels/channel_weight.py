@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_llm_kernels.dispatch import backend_for
+from prune_llm_kernels.gpu_ways import Ways
 from prune_llm_kernels.packed_weight import PackedWeight
 
 WORD = 64  # outputs of a mask word
@@ -34,6 +35,7 @@ class ChannelWeight:
             t * I + i; None for a dense weight.
         tile: outputs of a tile, a multiple of WORD and at most MAX_TILE.
         fixed_count: the stored form has the same number of weights in every row (N:M).
+        ways: on a GPU, what was measured to be fastest; None: the kernels of this form.
     """
 
     data: Tensor
@@ -42,6 +44,7 @@ class ChannelWeight:
     in_features: int
     tile: int
     fixed_count: bool = False
+    ways: Ways | None = None
 
     @property
     def dtype(self) -> torch.dtype:

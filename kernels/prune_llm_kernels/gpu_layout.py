@@ -215,13 +215,14 @@ def joined(weights: Sequence[ChannelWeight]) -> ChannelWeight | None:
     for one, other in pairwise(weights):
         if not _adjacent(one, other):
             return None
+    whole = replace(first, out_features=O)
     if first.starts is None:
         shape = first.in_features, O
         data = first.data.as_strided(shape, (first.data.stride(0), 1), first.data.storage_offset())
-        return replace(first, data=data, out_features=O)
+        return replace(whole, data=data)
     count = sum(w.tiles for w in weights) * first.in_features + 1
     starts = first.starts.as_strided((count,), (1,), first.starts.storage_offset())
-    return replace(first, starts=starts, out_features=O)
+    return replace(whole, starts=starts)
 
 
 def _adjacent(one: ChannelWeight, other: ChannelWeight) -> bool:

@@ -1,4 +1,4 @@
-"""Linears of a GPU's plan in Triton's interpreter: weights that lie together, every way to add up."""
+"""Linears of a GPU's plan in Triton's interpreter: weights that lie together, every ending."""
 
 import pytest
 import torch

@@ -167,7 +167,7 @@ def test_too_many_deaths_end_the_server(shared: Process) -> None:
         os.kill(worker, signal.SIGKILL)
         killed.append(worker)
         # one that is killed is listed until it has died, and may seem ready until that is noticed
-        until(lambda: shared.process.poll() is not None or _replaced(shared, worker), 20)
+        until(lambda: shared.process.poll() is not None or _replaced(shared, killed[-1]), 20)
         until(lambda: shared.process.poll() is not None or _answers_ready(shared), 60)
     assert shared.process.wait(20) == 1
     assert not any(map(runs, killed))
