@@ -61,6 +61,9 @@ class Decoder(Protocol):
 
     name: str
 
+    @property
+    def device(self) -> torch.device: ...
+
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence with its prompt; logits [V] of the next token."""
 
@@ -133,6 +136,10 @@ class TransformersDecoder:
         self._model, self._level = model, level
         self._gates = None if levels is None or level == DENSE else levels.gates(model, level)
         self._cache: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         self._cache = None
@@ -208,6 +215,10 @@ class PlanDecoder:
         pages_BN = torch.zeros_like(positions_B)[:, None].contiguous()
         blocks = Recording(self.parts, self.caches, pages_BN, positions_B, self.angles, gates)
         return WholeStep(blocks, Head(self.parts, blocks.x_BD, blocks.plan))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
 
     @property
     def capacity(self) -> int:
@@ -324,6 +335,10 @@ class SpeculativeDecoder:
         self._drafter = decoder.record(decoder.position_B, draft.level)
         self._proposed: list[int] = []
         self._used = self._drafted = self._accepted = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._decoder.device
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         self._proposed, self._used = [], 0

@@ -94,7 +94,12 @@ class Worker:
         trust = config["trust_remote_code"]
         directory = admit(config["model"], trust)
         with one_line(directory):
-            model = prune_llm.load(directory, trust_remote_code=trust, use_safetensors=True)
+            model = prune_llm.load(
+                directory,
+                device=config["device"],
+                trust_remote_code=trust,
+                use_safetensors=True,
+            )
             tokenizer = load_tokenizer(model, trust)
             sampling, ends = model_defaults(model.generation_config), end_ids(model)
             SamplingParams(**sampling)  # refuses what no request could be answered with
@@ -116,6 +121,7 @@ class Worker:
             "sampling": sampling,
             "details": {
                 "engine": runner.name,
+                "device": str(model.device),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
                 "max_rows": runner.limits.max_rows,
