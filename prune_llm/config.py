@@ -154,7 +154,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless it is "auto", "cpu", "cuda" or "cuda:1"; whether it is there or not."""
+    """Raise ValueError unless it is "auto", "cpu", "cuda" or "cuda:1", there or not."""
     if name not in DEVICES and not re.fullmatch(r"cuda:\d{1,3}", name, re.ASCII):
         raise ValueError(f"device {name!r}: unknown; choose one of {', '.join(DEVICES)}, cuda:N")
 

@@ -25,6 +25,7 @@ from prune_llm.channel_linear import ChannelLinear, packed_linears, use_channels
 from prune_llm.fused_block import FusedBlock
 from prune_llm.parts import ModelParts, OtherParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
+from prune_llm.transformers_cache import choose_cache, transformers_name
 from prune_llm_kernels import tokens
 from prune_llm_kernels.kv_cache import KeyValueCache
 from prune_llm_kernels.wide_products import WideProducts
@@ -92,8 +93,7 @@ def new_decoder(
     levels = choose_level(model, level)
     if draft is not None:
         choose_level(model, draft.level)
-    if model.device.type == "cuda":
-        use_channels(model, packed_linears(model))
+    use_device_order(model)
     reason = recordable(model)
     if reason is None:
         decoder = PlanDecoder(read_parts(model), capacity, levels, level)
@@ -103,7 +103,13 @@ def new_decoder(
             f"draft_level {draft.level!r}: this model decodes through transformers ({reason}); "
             "leave the draft out"
         )
-    return TransformersDecoder(model, reason, levels, level)
+    return TransformersDecoder(model, reason, levels, level, capacity)
+
+
+def use_device_order(model: PreTrainedModel) -> None:
+    """On a GPU: packed weights into channel-major order, the only one it decodes, for good."""
+    if model.device.type == "cuda":
+        use_channels(model, packed_linears(model))
 
 
 def recordable(model: PreTrainedModel) -> str | None:
@@ -131,18 +137,21 @@ class TransformersDecoder:
         reason: str,
         levels: ModelLevels | None = None,
         level: str = DENSE,
+        capacity: int = 4096,
     ) -> None:
-        self.name = f"transformers ({reason})"
+        self._kept = choose_cache(model, capacity)
+        self.name = transformers_name(reason, self._kept)
         self._model, self._level = model, level
         self._gates = None if levels is None or level == DENSE else levels.gates(model, level)
         self._cache: Any = None
 
     @property
     def device(self) -> torch.device:
-        return self._model.device
+        device: torch.device = self._model.device
+        return device
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
-        self._cache = None
+        self._cache = self._kept.new(self._model)
         return self._run(list(ids))
 
     def step(self, token: int) -> Tensor:

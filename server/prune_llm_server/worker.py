@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from prune_llm_server.wire import Message, messages, pack
 
 if TYPE_CHECKING:
-    from prune_llm.runners import BatchLimits, Runner
+    from prune_llm.segments import BatchLimits, Runner
     from prune_llm.sequences import SequenceEvent, SequenceRequest
 
 ALIVE_SECONDS = 1.0  # an idle engine says so this often
@@ -194,7 +194,8 @@ class Timer:
 
 
 def _limits(config: Message, model: Any) -> BatchLimits:
-    from prune_llm.runners import BatchLimits, token_bytes
+    from prune_llm.runners import token_bytes
+    from prune_llm.segments import BatchLimits
 
     limits = BatchLimits(
         max_rows=config["max_rows"], chunk_tokens=config["chunk_tokens"], levels=config["levels"]

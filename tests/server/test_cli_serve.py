@@ -113,8 +113,8 @@ def test_options_reach_the_engine(cli: Any, embedded: Any) -> None:
     cli(
         "serve", "missing", "--port", "0", "--served-model-name", "name", "--max-rows", "8",
         "--chunk-tokens", "64", "--kv-cache-gb", "1.5", "--max-queue", "9", "--default-level",
-        "40%", "--no-levels", "--device", "cpu", "--threads", "2", "--trust-remote-code", "--load-seconds", "90",
-        "--stuck-seconds", "2.5", "--max-restarts", "0",
+        "40%", "--no-levels", "--device", "cpu", "--threads", "2", "--trust-remote-code",
+        "--load-seconds", "90", "--stuck-seconds", "2.5", "--max-restarts", "0",
     )  # fmt: skip
     assert embedded.EmbeddedEngine.configs == [
         embedded.EngineConfig(
