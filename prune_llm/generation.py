@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from prune_llm.activation.levels import DENSE
-from prune_llm.decoder import Decoder, DecodeStatistics, Draft, new_decoder
+from prune_llm.decode_statistics import DecodeStatistics
+from prune_llm.decoder import Decoder, Draft, new_decoder
 from prune_llm.sampling import Sampler, SamplingParams, model_defaults
 
 if TYPE_CHECKING:

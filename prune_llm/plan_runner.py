@@ -41,6 +41,9 @@ class PlanRunner:
         self.limits, self._embedding_VD = limits, parts.embedding_VD
         device = self._device = parts.device
         self._pads = records_rows(device)
+        most = limits.max_rows
+        sizes = sorted({padded(n, most) for n in range(1, most + 1)})
+        self.warm_rows = tuple(sizes) if self._pads else ()
         self.vocabulary = min(len(parts.embedding_VD), parts.head.out_features)
         self.levels = (DENSE,) if levels is None else tuple(levels.table.names)
         context = model_context(parts.model)
@@ -79,12 +82,6 @@ class PlanRunner:
 
     def leave(self, slot: int) -> None:
         self._tabled[slot] = 0
-
-    @property
-    def warm_rows(self) -> tuple[int, ...]:
-        """Numbers of sequences to run once, so that later steps find everything ready."""
-        most = self.limits.max_rows
-        return tuple(sorted({padded(n, most) for n in range(1, most + 1)})) if self._pads else (1,)
 
     def _shares(self, segments: Sequence[Segment], dense: int) -> list[float | None]:
         share = None if self._gates is None else self._gates.run_active(dense)

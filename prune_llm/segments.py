@@ -95,6 +95,7 @@ class Runner(Protocol):
         levels: of activation sparsity.
         pages: of the cache.
         shares: whether sequences may have pages in common.
+        warm_rows: numbers of sequences to run once, so that later steps find everything ready.
         piece: segments of a prompt begin at multiples of it and end at one or with the prompt.
     """
 
@@ -105,6 +106,7 @@ class Runner(Protocol):
     levels: tuple[str, ...]
     pages: int
     shares: bool
+    warm_rows: tuple[int, ...]
     piece: int
 
     def run(self, segments: Sequence[Segment]) -> Ran:

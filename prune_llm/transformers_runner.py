@@ -38,6 +38,7 @@ class TransformersRunner:
     """
 
     shares = False
+    warm_rows: tuple[int, ...] = ()
     piece = SCORED_ROWS
 
     def __init__(

@@ -210,15 +210,18 @@ def _affordable(token_bytes: int, model: Any, limits: BatchLimits) -> int:
     """For every sequence at the model's full context, but no more than there is to spare."""
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or _CONTEXT
-    spare = int(_free_memory() * _SHARE_OF_MEMORY)
+    spare = int(_free_memory(model.device) * _SHARE_OF_MEMORY)
     # a page more for each: the last is seldom full
     return min(spare, limits.max_rows * (context + limits.page_size) * token_bytes)
 
 
-def _free_memory() -> int:
-    """Bytes that the system still has, or the container where that has less."""
+def _free_memory(device: Any) -> int:
+    """Bytes that the GPU still has; of a CPU the system, or the container where that has less."""
     import psutil
+    import torch
 
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")  # a container sees its own as the root of version 2
     try:
@@ -231,15 +234,19 @@ def _free_memory() -> int:
 
 def _warm_up(runner: Runner) -> None:
     """Touch every weight and buffer: the first request should find what later ones find."""
+    from prune_llm.activation.levels import DENSE
     from prune_llm.batching import Batcher
     from prune_llm.sampling import SamplingParams
     from prune_llm.sequences import SequenceRequest
 
     batcher = Batcher(runner)
-    for level in runner.levels:
-        batcher.add(SequenceRequest(level, (0,), SamplingParams(max_tokens=_WARM_TOKENS), level))
-    while not batcher.idle:
-        batcher.step()
+    # on a GPU every number of rows is compiled and recorded when it first comes
+    for levels in (runner.levels, *((DENSE,) * rows for rows in runner.warm_rows)):
+        for place, level in enumerate(levels):
+            params = SamplingParams(max_tokens=_WARM_TOKENS, temperature=0, ignore_eos=True)
+            batcher.add(SequenceRequest(str(place), (0,), params, level))
+        while not batcher.idle:
+            batcher.step()
 
 
 def _request(fields: Message) -> SequenceRequest:

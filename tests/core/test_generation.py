@@ -15,9 +15,11 @@ from tiny_models import SIZES, llama_config, save_model
 
 import prune_llm
 from prune_llm import PruneConfig, prune
-from prune_llm.decoder import PlanDecoder, TransformersDecoder, new_decoder, read_parts, recordable
+from prune_llm.decoder import PlanDecoder, new_decoder, recordable
 from prune_llm.generation import StopWatch, TextWriter, generate, prompt_ids, stream
+from prune_llm.parts import read_parts
 from prune_llm.sampling import SamplingParams
+from prune_llm.transformers_decoder import TransformersDecoder
 
 
 def configs() -> dict[str, Any]:
