@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from prune_llm.runners import Ran, Runner, Segment
 from prune_llm.scheduling import Scheduler
+from prune_llm.segments import Ran, Runner, Segment
 from prune_llm.sequences import LiveSequence, ScoredToken, SequenceEvent, SequenceRequest
 
 
@@ -109,6 +110,7 @@ class Batcher:
         by_slot = {sequence.slot: sequence for sequence in self._scheduler.running}
         sequences = [by_slot[segment.slot] for segment in segments]
         ran = self._runner.run(segments)
+        drawn_all = list(_draw(sequences, segments, ran))  # waits for the device, and nothing else
         for sequence, segment, share in zip(sequences, segments, ran.active, strict=True):
             self._rows += len(segment.tokens)
             if not sequence.joined:
@@ -118,7 +120,7 @@ class Batcher:
                 sequence.active_rows += len(segment.tokens)
                 sequence.active_sum += share * len(segment.tokens)
         events = []
-        for sequence, drawn, score in _draw(sequences, segments, ran):
+        for sequence, drawn, score in drawn_all:
             if isinstance(drawn, ValueError):
                 self.cancel(sequence.request.id)
                 events.append(SequenceEvent(sequence.request.id, None, error=str(drawn)))
@@ -193,9 +195,9 @@ def _draw(
 ) -> Iterator[_Drawn]:
     """Score the prompts' tokens and draw the next one of every sequence that is computed so far."""
     logits_WV, row = ran.logits_WV, 0
-    # the lowest of equals, as argmax, which takes four times as long in bfloat16
-    values_W, tokens_W = logits_WV.max(-1) if len(logits_WV) else (logits_WV, logits_WV)
-    values, greedy = values_W.tolist(), tokens_W.tolist()
+    if not all(map(_only_greedy, sequences)):
+        logits_WV = logits_WV.cpu()  # whatever is asked of them, a GPU is waited for once
+    values, greedy = _largest(logits_WV)
     for sequence, segment in zip(sequences, segments, strict=True):
         end = segment.start + len(segment.tokens)
         last = end == len(sequence.tokens)
@@ -216,6 +218,22 @@ def _draw(
             continue
         scored = sequence.request.logprobs is not None
         yield sequence, token, _scores(sequence, rows_TV[-1:], [token])[0] if scored else None
+
+
+def _only_greedy(sequence: LiveSequence) -> bool:
+    """Whether nothing but the largest of a sequence's logits is looked at."""
+    request = sequence.request
+    return sequence.sampler.plain and request.logprobs is None and not request.prompt_logprobs
+
+
+def _largest(logits_WV: Tensor) -> tuple[list[float], list[int]]:
+    """Of each row the largest logit and its token, the lowest of equals."""
+    if not len(logits_WV):
+        return [], []
+    # as argmax, which takes four times as long in bfloat16; doubles hold both exactly
+    values_W, tokens_W = logits_WV.max(-1)
+    values, tokens = torch.stack([values_W.double(), tokens_W.double()]).tolist()
+    return values, [int(token) for token in tokens]
 
 
 def _score_prompt(sequence: LiveSequence, logits_TV: Tensor, end: int) -> None:

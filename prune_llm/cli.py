@@ -187,6 +187,7 @@ def info_command(model: str, verify: bool, as_json: bool) -> None:
 @click.option("--level", help="Activation level, such as 40% (see info).  [default: dense]")
 @click.option("--draft-level", help="Propose tokens at this level, verify them at --level.")
 @click.option("--draft-tokens", type=int, help="Tokens proposed at a time.  [default: 3]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; torch's choice if not given.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole answer as JSON.")
 def generate_command(

@@ -66,5 +66,5 @@ def _figures(generation: Generation) -> str:
     return (
         f"{generation.prompt_tokens} prompt tokens in {generation.prefill_seconds:.2f} s, "
         f"{len(generation.token_ids)} tokens at {_speed(generation)} tokens/s "
-        f"({reason}; {generation.decoder})"
+        f"({reason}; {generation.decoder} on {generation.device})"
     )

@@ -22,6 +22,7 @@ _ENGINE_OPTIONS = (
     "max_rows",
     "chunk_tokens",
     "default_level",
+    "device",
     "threads",
     "trust_remote_code",
     "load_seconds",
@@ -48,6 +49,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--kv-cache-gb", type=_ABOVE_0, help="Memory for keys and values.")
 @click.option("--default-level", help="Activation level of requests that name none.")
 @click.option("--no-levels", is_flag=True, help="Serve the dense level only.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=_COUNT, help="Threads; torch's choice if not given.")
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Web origin; repeatable.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts into the log.")
@@ -68,12 +70,14 @@ def serve_command(model: str, **options: Any) -> None:
 
 
 def _serve(model: str, options: dict[str, Any]) -> int:
+    from prune_llm.config import select_device
     from prune_llm_server.app import create_app
     from prune_llm_server.engine import EngineError
     from prune_llm_server.errors import LOGGER
     from prune_llm_server.logs import configure_logging
     from prune_llm_server.runner import serve
 
+    select_device(options["device"])  # one that does not exist: nothing is started for it
     settings = _settings(options)
     configure_logging(sys.stderr)
     if not settings.api_keys and not _is_loopback(settings.host):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ class PruneConfig:
                 "block together, in memory; give --reconstruction none, or leave --experts out"
             )
         _check_choice("sampling", self.sampling, ("random", "first"))
-        _check_choice("device", self.device.partition(":")[0], DEVICES)
+        check_device(self.device)
         if Pattern.parse(self.pattern).sparsity == 0:
             raise ValueError(f"pattern {self.pattern!r}: prunes nothing; give a sparsity above 0")
         check_allocation(self)
@@ -152,8 +153,15 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r}: unknown; choose one of {', '.join(choices)}")
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError unless it is "auto", "cpu", "cuda" or "cuda:1", there or not."""
+    if name not in DEVICES and not re.fullmatch(r"cuda:\d{1,3}", name, re.ASCII):
+        raise ValueError(f"device {name!r}: unknown; choose one of {', '.join(DEVICES)}, cuda:N")
+
+
 def select_device(name: str) -> torch.device:
-    """The torch device of "auto", "cpu", "cuda" or "cuda:1"; ValueError where it is absent."""
+    """The torch device of such a name; ValueError where it is absent."""
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):

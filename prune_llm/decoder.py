@@ -21,11 +21,13 @@ from torch import Tensor
 from prune_llm.activation.decoding import ModelLevels, PlanGates, choose_level
 from prune_llm.activation.levels import DENSE
 from prune_llm.attention import FastAttention
-from prune_llm.channel_linear import ChannelLinear
+from prune_llm.channel_linear import ChannelLinear, packed_linears, use_channels
+from prune_llm.decode_statistics import DecodeStatistics
 from prune_llm.fused_block import FusedBlock
 from prune_llm.gpu_model import prepare
 from prune_llm.parts import ModelParts, OtherParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
+from prune_llm.transformers_decoder import TransformersDecoder
 from prune_llm_kernels import tokens
 from prune_llm_kernels.kv_cache import KeyValueCache
 from prune_llm_kernels.wide_products import WideProducts
@@ -39,30 +41,13 @@ MOST_DRAFTED = 15
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-@dataclass(frozen=True)
-class DecodeStatistics:
-    """What the decode steps so far did.
-
-    Attributes:
-        active: share of the linears' inputs that counted, weighted by the weights they meet; None
-            where nothing was counted. read: share of the channels that were read for it: more than
-            active where several rows ran together.
-        drafted, accepted: tokens proposed by a draft level, and how many of them were right.
-        ways: on a GPU, which way the products of each shape and batch take, by measurement.
-    """
-
-    level: str = DENSE
-    active: float | None = None
-    read: float | None = None
-    drafted: int = 0
-    accepted: int = 0
-    ways: tuple[dict[str, Any], ...] = ()
-
-
 class Decoder(Protocol):
     """One sequence after another through a model."""
 
     name: str
+
+    @property
+    def device(self) -> torch.device: ...
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Start a sequence with its prompt; logits [V] of the next token."""
@@ -105,7 +90,13 @@ def new_decoder(
             f"draft_level {draft.level!r}: this model decodes through transformers ({reason}); "
             "leave the draft out"
         )
-    return TransformersDecoder(model, reason, levels, level)
+    return TransformersDecoder(model, reason, capacity, levels, level)
+
+
+def use_device_order(model: PreTrainedModel) -> None:
+    """On a GPU: packed weights into channel-major order, the only one it decodes, for good."""
+    if model.device.type == "cuda":
+        use_channels(model, packed_linears(model))
 
 
 def recordable(model: PreTrainedModel) -> str | None:
@@ -122,56 +113,6 @@ def recordable(model: PreTrainedModel) -> str | None:
         except OtherParts as reason:
             known[form] = str(reason)
     return known[form]
-
-
-class TransformersDecoder:
-    """Any causal LM, by its own forward pass and its own cache."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reason: str,
-        levels: ModelLevels | None = None,
-        level: str = DENSE,
-    ) -> None:
-        self.name = f"transformers ({reason})"
-        self._model, self._level = model, level
-        self._gates = None if levels is None or level == DENSE else levels.gates(model, level)
-        self._cache: Any = None
-
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        self._cache = None
-        return self._run(list(ids))
-
-    def step(self, token: int) -> Tensor:
-        if self._gates is None:
-            return self._run([token])
-        with self._gates:
-            return self._run([token])
-
-    def statistics(self) -> DecodeStatistics:
-        if self._gates is None or not any(self._gates.active):
-            return DecodeStatistics(self._level)
-        active = 1 - self._gates.sparsity
-        return DecodeStatistics(self._level, active, active)
-
-    @torch.inference_mode()
-    def _run(self, ids: list[int]) -> Tensor:
-        input_ids = torch.tensor([ids], device=self._model.device)
-        with FastAttention(), WideProducts():
-            output = self._model(
-                input_ids=input_ids,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._cache = getattr(output, "past_key_values", None)
-        if self._cache is None:
-            raise ValueError(
-                f"{type(self._model).__name__}: keeps no key-value cache; call its own generate()"
-            )
-        logits_V: Tensor = output.logits[0, -1]
-        return logits_V
 
 
 # -- the plan -----------------------------------------------------------------------------------
@@ -214,6 +155,10 @@ class PlanDecoder:
         pages_BN = torch.zeros_like(positions_B)[:, None].contiguous()
         blocks = Recording(self.parts, self.caches, pages_BN, positions_B, self.angles, gates)
         return WholeStep(blocks, Head(self.parts, blocks.x_BD, blocks.plan))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
 
     @property
     def capacity(self) -> int:
@@ -330,6 +275,10 @@ class SpeculativeDecoder:
         self._drafter = decoder.record(decoder.position_B, draft.level)
         self._proposed: list[int] = []
         self._used = self._drafted = self._accepted = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._decoder.device
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         self._proposed, self._used = [], 0

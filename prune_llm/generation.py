@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from prune_llm.activation.levels import DENSE
-from prune_llm.decoder import Decoder, DecodeStatistics, Draft, new_decoder
+from prune_llm.decode_statistics import DecodeStatistics
+from prune_llm.decoder import Decoder, Draft, new_decoder
 from prune_llm.sampling import Sampler, SamplingParams, model_defaults
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Generation:
         prompt_tokens: length of the prompt.
         max_tokens: how many could follow: as asked, or what the model's context left.
         prefill_seconds: until the first token's logits; decode_seconds: for all that follow.
-        decoder: what ran the tokens; statistics: what its steps did.
+        decoder: what ran the tokens; device: where, "cpu" or "cuda:0"; statistics: what its steps
+            did.
     """
 
     text: str
@@ -46,6 +48,7 @@ class Generation:
     decode_seconds: float
     decoder: str
     statistics: DecodeStatistics = field(default_factory=DecodeStatistics)
+    device: str = "cpu"
 
     @property
     def tokens_per_second(self) -> float:
@@ -69,11 +72,12 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     level: str = DENSE,
     draft: Draft | None = None,
+    device: str | None = None,
     **changes: Any,
 ) -> Generation:
     """Continue a prompt and return the whole answer; the arguments are those of `stream`."""
     generation: Generation | None = None
-    for piece in stream(model, prompt, params, tokenizer, level, draft, **changes):
+    for piece in stream(model, prompt, params, tokenizer, level, draft, device, **changes):
         generation = piece.generation
     assert generation is not None
     return generation
@@ -86,6 +90,7 @@ def stream(
     tokenizer: PreTrainedTokenizerBase | None = None,
     level: str = DENSE,
     draft: Draft | None = None,
+    device: str | None = None,
     **changes: Any,
 ) -> Iterator[Piece]:
     """Continue a prompt and yield a piece for every token.
@@ -98,17 +103,24 @@ def stream(
         tokenizer: None: the one beside the model.
         level: of activation sparsity for the tokens behind the prompt; see `new_decoder`.
         draft: propose tokens at a sparser level, verify them at ``level``.
+        device: to load a model of that name to, as `prune_llm.load` takes it; None: "auto". A model
+            that is loaded already stays where it is.
         changes: fields of SamplingParams by name, such as ``max_tokens=20``. Where the context
             leaves less room than max_tokens, `Generation.max_tokens` is smaller than asked.
 
     Raises:
-        ValueError: a bad parameter or level, an empty prompt, one that leaves no room in the
-            model's context, a model without tokenizer or chat template.
+        ValueError: a bad parameter, level or device, an empty prompt, one that leaves no room in
+            the model's context, a model without tokenizer or chat template.
     """
     if isinstance(model, str | os.PathLike):
         from prune_llm.integration import load
 
-        model = load(model)
+        model = load(model, device=device or "auto")
+    elif device is not None:
+        raise ValueError(
+            f"device {device!r}: the model is loaded already, on {model.device}; move it with "
+            "model.to(...), or give its name"
+        )
     if params is None:
         params = SamplingParams(**{**model_defaults(model.generation_config), **changes})
     elif changes:
@@ -215,6 +227,7 @@ def decode(
                 time.perf_counter() - prefilled,
                 decoder.name,
                 decoder.statistics(),
+                str(decoder.device),
             ),
         )
         if reason is not None:

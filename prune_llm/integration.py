@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prune_llm.architecture import _in_memory
 from prune_llm.checkpoint import StoredTensor, _read_config, locate, open_checkpoint, read_header
+from prune_llm.config import select_device
 from prune_llm.experts import Experts, fused_layout, is_expert_merge, unfuse, without_index
 from prune_llm.format import (
     BITMASK,
@@ -54,6 +55,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     dequantize: bool = False,
+    device: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint that `prune` wrote; sparse linears stay packed, in memory as on disk.
@@ -64,14 +66,19 @@ def load(
         device_map: as transformers takes it: "cpu", {"": "cpu"}, "auto", or a table that puts
             modules on "disk" (with ``offload_folder``).
         dequantize: unpack every linear after loading.
+        device: for the whole model, instead of device_map: "auto" (CUDA where there is one), "cpu",
+            "cuda" or "cuda:1". None: as device_map says, the CPU if that says nothing.
         settings: further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: not a checkpoint, another format version, damaged, incomplete: the message names
-            the tensor.
+            the tensor; or a device that does not exist.
     """
     from transformers import AutoModelForCausalLM
 
+    to = None if device is None else select_device(device)
+    if to is not None and device_map is not None:
+        raise ValueError(f"device {device!r}: device_map {device_map!r} is given as well; give one")
     register()
     directory = locate(model)
     arguments = {"dtype": dtype or "auto", "device_map": device_map, **settings}
@@ -87,7 +94,7 @@ def load(
     _refuse_gaps(directory, loaded, found)
     if dequantize and getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize()
-    return loaded
+    return loaded if to is None else loaded.to(to)
 
 
 def _refuse_gaps(directory: Path, model: PreTrainedModel, found: dict[str, Any]) -> None:

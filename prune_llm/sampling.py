@@ -94,6 +94,9 @@ def model_defaults(generation_config: Any) -> dict[str, Any]:
     return {"temperature": 1.0} | {name: v for name, v in asked.items() if v is not None}
 
 
+_NO_NUMBER = "the model's logits are not numbers; check its weights, or try float32"
+
+
 class Sampler:
     """Draws one sequence's tokens."""
 
@@ -128,19 +131,19 @@ class Sampler:
         Raises:
             ValueError: the model computed no number at all.
         """
+        token = _largest(logits_V) if self.plain else self._draw(logits_V.cpu())
+        self._drawn[token] += 1
+        return token
+
+    def _draw(self, logits_V: Tensor) -> int:
         if bool(logits_V.isnan().all()):
-            raise ValueError(
-                "the model's logits are not numbers; check its weights, or try float32"
-            )
+            raise ValueError(_NO_NUMBER)
         if self._adjusts:
             logits_V = self._adjusted(logits_V)
         if self._greedy:
-            token = int(logits_V.nan_to_num(nan=-torch.inf).argmax())
-        else:
-            tokens, probabilities = distribution(logits_V, self._params)
-            token = int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
-        self._drawn[token] += 1
-        return token
+            return _largest(logits_V)
+        tokens, probabilities = distribution(logits_V, self._params)
+        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
 
     def _adjusted(self, logits_V: Tensor) -> Tensor:
         """Bias, then penalties, in float32; the logits given stay as they are."""
@@ -156,6 +159,19 @@ class Sampler:
         for token, count in self._drawn.items():
             logits_V[token] -= params.presence_penalty + params.frequency_penalty * count
         return logits_V
+
+
+def _largest(logits_V: Tensor) -> int:
+    """The token with the largest logit that is a number, the lowest of equals.
+
+    Raises:
+        ValueError: none is a number.
+    """
+    best, missing = logits_V.nan_to_num(nan=-torch.inf).argmax(), logits_V.isnan().all()
+    token, nothing = torch.stack([best, missing.long()]).tolist()  # a GPU is waited for once
+    if nothing:
+        raise ValueError(_NO_NUMBER)
+    return int(token)
 
 
 def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from prune_llm.pages import PagePool
-from prune_llm.runners import SCORED_ROWS, Runner, Segment
+from prune_llm.segments import SCORED_ROWS, Runner, Segment
 from prune_llm.sequences import LiveSequence
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from prune_llm.activation.levels import DENSE
 from prune_llm.decoder import recordable
 from prune_llm.parts import read_parts
-from prune_llm.runners import BatchLimits, Runner, Segment, new_runner, token_bytes
+from prune_llm.runners import new_runner, token_bytes
+from prune_llm.segments import BatchLimits, Runner, Segment
 from prune_llm_eval.speed import OnProgress, seconds_of, step_bytes, time_transformers
 from prune_llm_kernels import cpu
 

@@ -34,6 +34,7 @@ from prune_llm_kernels import gpu_cuda, gpu_layout, reference
 from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.gpu_ops import CHUNK
 from prune_llm_kernels.plan import Gate
+from prune_llm_kernels.reference_plan import silu_mul
 
 if TYPE_CHECKING:
     from prune_llm_kernels.packed_weight import PackedWeight
@@ -69,7 +70,8 @@ class ChannelList:
 
     Attributes:
         listed_CN: int32 [C, CHUNK], of each chunk the channels that any row counts, ascending, then
-            the last of them again.
+            the last of them again. Of more than MAX_ROWS rows all are listed: hardly any channel
+            is left that none of them counts.
         x_CBN: [C, B, CHUNK], their inputs; zero where a row does not count one, and behind them.
         counts_C: int32 [C], their number.
         in_features: I.
@@ -91,6 +93,8 @@ def list_channels(
     """
     B, I = x_BI.shape
     check_device(x_BI)
+    if B > MAX_ROWS:
+        return _list_all(x_BI, thresholds_B, scales_I)
     channels = empty_list(x_BI, I)
     gpu_triton.list_channels[(len(channels.counts_C),)](
         x_BI,
@@ -110,6 +114,30 @@ def list_channels(
     return channels
 
 
+def _list_all(x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None) -> ChannelList:
+    """Every channel in its place, and zeros where a row does not count one."""
+    B, I = x_BI.shape
+    chunks = -(-I // CHUNK)
+    counted_BI = reference.counting(x_BI, thresholds_B, scales_I)
+    kept_BI = F.pad(torch.where(counted_BI, x_BI, 0), (0, chunks * CHUNK - I))
+    channel_I = torch.arange(chunks * CHUNK, dtype=torch.int32, device=x_BI.device)
+    return ChannelList(
+        channel_I.clamp(max=I - 1).view(chunks, CHUNK),
+        kept_BI.view(B, chunks, CHUNK).transpose(0, 1).contiguous(),
+        (I - channel_I[::CHUNK]).clamp(max=CHUNK),
+        I,
+    )
+
+
+def _many_rows(channels: ChannelList) -> Tensor | None:
+    """The inputs [B, I] of a list of more rows than kernels take; None: they take them."""
+    x_CBN = channels.x_CBN
+    rows = x_CBN.shape[1]
+    if rows <= MAX_ROWS:
+        return None
+    return x_CBN.transpose(0, 1).reshape(rows, -1)[:, : channels.in_features].contiguous()
+
+
 def empty_list(like_B: Tensor, in_features: int) -> ChannelList:
     """Memory for a list of as many rows."""
     B, chunks = like_B.shape[0], -(-in_features // CHUNK)
@@ -120,6 +148,9 @@ def empty_list(like_B: Tensor, in_features: int) -> ChannelList:
 
 def listed_linear(channels: ChannelList, weight: ChannelWeight, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias over the listed channels, [B, O]."""
+    x_BI = _many_rows(channels)
+    if x_BI is not None:
+        return F.linear(x_BI, _dense(weight), bias)
     partials_SBO = _partials(channels.x_CBN, channels, weight)
     return _finished(partials_SBO, bias, weight.dtype)
 
@@ -137,6 +168,13 @@ def listed_swiglu(
         stacked: W1 above W2, [2 O, I]; see gpu_layout.stack_rows.
         bias: of both, [2 O].
     """
+    x_BI = _many_rows(channels)
+    if x_BI is not None:
+        halves = F.linear(x_BI, _dense(stacked), bias).float().chunk(2, dim=-1)
+        product_BO = silu_mul(*halves).to(stacked.dtype)
+        if thresholds_B is None:
+            return product_BO, None
+        return product_BO, list_channels(product_BO, thresholds_B, scales_O)
     O = stacked.out_features // 2
     y_BO = channels.x_CBN.new_empty(channels.x_CBN.shape[1], O)
     biases = None if bias is None else (bias[:O], bias[O:])
@@ -228,13 +266,17 @@ def channel_linear(x: Tensor, weight: ChannelWeight, bias: Tensor | None) -> Ten
     """y = x W^T + bias; x [..., I] -> y [..., O]. Every channel is read."""
     I, O = weight.in_features, weight.out_features
     x_BI = x.reshape(-1, I).contiguous()
-    if weight.starts is None:
-        y_BO = F.linear(x_BI, weight.data[:, :O].T, bias)
-    elif not 0 < len(x_BI) <= MAX_ROWS:
-        y_BO = F.linear(x_BI, dense_columns(weight)[:, :O].T, bias)
+    if weight.starts is None or not 0 < len(x_BI) <= MAX_ROWS:
+        y_BO = F.linear(x_BI, _dense(weight), bias)
     else:
         y_BO = _finished(_partials(x_BI, None, weight), bias, weight.dtype)
     return y_BO.view(*x.shape[:-1], O)
+
+
+def _dense(weight: ChannelWeight) -> Tensor:
+    """The dense weight [O, I], as a view of its channel-major form."""
+    columns_IO = weight.data if weight.starts is None else dense_columns(weight)
+    return columns_IO[:, : weight.out_features].T
 
 
 def dense_columns(weight: ChannelWeight) -> Tensor:

@@ -16,6 +16,7 @@ from prune_llm.activation.gates import Gates, channel_scales
 from prune_llm.activation.levels import DENSE, Level, LevelTable, read_table
 from prune_llm.activation.sites import table_sites
 from prune_llm.channel_linear import use_channels
+from prune_llm.pinned import host_buffer, host_to
 from prune_llm_kernels.plan import Gate
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ class PlanGates:
         self._scales = [None if s is None else s.to(device) for s in levels.scales]
         self._thresholds_SB = torch.full((len(sites), rows), EVERY_INPUT, device=device)
         self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64, device=device)
-        self._before_S3 = self._counts_S3.clone()  # when `run_active` was last asked
+        self._before_S3 = self._counts_S3.clone()  # at the last `note_run`
+        self._noted_S3 = host_buffer(self._counts_S3)
+        self._noted = torch.cuda.Event() if self._counts_S3.is_cuda else None
         self._inputs_S = torch.tensor([site.in_features for site in sites])
         self._weights_S = torch.tensor(levels.weights, dtype=torch.float64)
         self._site_of = {name: s for s, site in enumerate(sites) for name in site.linears}
@@ -109,24 +112,36 @@ class PlanGates:
         """What a row skips from now on; None leaves the row out."""
         self._thresholds_SB[:, row] = self._column_S(level)
 
-    def choose_rows(self, names: Sequence[str]) -> None:
-        """The levels of the first rows, by name; the others stay as they are."""
-        columns = {name: self._column_S(self._levels.table.level(name)) for name in set(names)}
-        self._thresholds_SB[:, : len(names)] = torch.stack([columns[n] for n in names], dim=1)
+    def choose_rows(self, names: Sequence[str | None]) -> None:
+        """The levels of the first rows, by name; None leaves a row out. The others stay as they
+        are."""
+        table = self._levels.table
+        columns = {n: self._column_S(None if n is None else table.level(n)) for n in set(names)}
+        chosen_SB = torch.stack([columns[n] for n in names], dim=1)
+        self._thresholds_SB[:, : len(names)] = host_to(self._thresholds_SB.device, chosen_SB)
 
     def _column_S(self, level: Level | None) -> Tensor:
         if level is None or level.name == DENSE:
             return torch.full((len(self._weights_S),), torch.inf if level is None else EVERY_INPUT)
         return torch.tensor(level.thresholds)
 
+    def note_run(self) -> None:
+        """Note what the run counted, without waiting for it; to be called after each."""
+        new_S3 = self._counts_S3 - self._before_S3
+        self._before_S3 += new_S3
+        self._noted_S3.copy_(new_S3, non_blocking=True)
+        if self._noted is not None:
+            self._noted.record()
+
     def run_active(self, dense: int) -> float | None:
-        """As `active`, of the last run alone and of the rows that skip; to be called after each.
+        """As `active`, of the noted run alone and of its rows that skip. Waits for that run.
 
         Args:
             dense: rows of the run that skip nothing.
         """
-        new_S3 = self._counts_S3 - self._before_S3
-        self._before_S3 += new_S3
+        if self._noted is not None:
+            self._noted.synchronize()
+        new_S3 = self._noted_S3
         rows_S = new_S3[:, 2] - dense
         if not bool((rows_S > 0).any()):
             return None
@@ -146,10 +161,11 @@ class PlanGates:
         return self._share(0, rows=False)
 
     def _share(self, column: int, rows: bool) -> float | None:
-        if not bool(self._counts_S3.any()):
+        counts_S3 = self._counts_S3.tolist()
+        if not any(map(any, counts_S3)):
             return None
         shares = []
-        for site, counts in zip(self._levels.table.sites, self._counts_S3.tolist(), strict=True):
+        for site, counts in zip(self._levels.table.sites, counts_S3, strict=True):
             runs = counts[2] if rows else counts[2] / self._thresholds_SB.shape[1]
             shares.append(counts[column] / (site.in_features * runs) if runs else 1.0)
         weights = self._levels.weights

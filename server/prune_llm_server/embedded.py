@@ -50,6 +50,7 @@ class EngineConfig:
         cache_bytes: for keys and values; None: see `worker._affordable`.
         levels: serve the checkpoint's levels of activation sparsity; default_level: for requests
             that name none.
+        device: "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
         threads: None: torch's choice.
         trust_remote_code: run code that comes with the model.
         load_seconds: for loading the model and its first tokens; what takes longer is ended.
@@ -66,6 +67,7 @@ class EngineConfig:
     cache_bytes: int | None = None
     levels: bool = True
     default_level: str = "dense"
+    device: str = "auto"
     threads: int | None = None
     trust_remote_code: bool = False
     load_seconds: float = 1800.0

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from prune_llm_server.wire import Message, messages, pack
 
 if TYPE_CHECKING:
-    from prune_llm.runners import BatchLimits, Runner
+    from prune_llm.segments import BatchLimits, Runner
     from prune_llm.sequences import SequenceEvent, SequenceRequest
 
 ALIVE_SECONDS = 1.0  # an idle engine says so this often
@@ -94,7 +94,12 @@ class Worker:
         trust = config["trust_remote_code"]
         directory = admit(config["model"], trust)
         with one_line(directory):
-            model = prune_llm.load(directory, trust_remote_code=trust, use_safetensors=True)
+            model = prune_llm.load(
+                directory,
+                device=config["device"],
+                trust_remote_code=trust,
+                use_safetensors=True,
+            )
             tokenizer = load_tokenizer(model, trust)
             sampling, ends = model_defaults(model.generation_config), end_ids(model)
             SamplingParams(**sampling)  # refuses what no request could be answered with
@@ -116,6 +121,7 @@ class Worker:
             "sampling": sampling,
             "details": {
                 "engine": runner.name,
+                "device": str(model.device),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
                 "max_rows": runner.limits.max_rows,
@@ -123,6 +129,7 @@ class Worker:
                 "cache_bytes": runner.limits.cache_bytes,
                 "cache_tokens": holds,
                 "page_size": runner.limits.page_size,
+                **({"ways": list(runner.ways)} if runner.ways else {}),
             },
         }
         self._send({"ready": info, "status": self._status()})
@@ -188,7 +195,8 @@ class Timer:
 
 
 def _limits(config: Message, model: Any) -> BatchLimits:
-    from prune_llm.runners import BatchLimits, token_bytes
+    from prune_llm.runners import token_bytes
+    from prune_llm.segments import BatchLimits
 
     limits = BatchLimits(
         max_rows=config["max_rows"], chunk_tokens=config["chunk_tokens"], levels=config["levels"]
@@ -203,15 +211,18 @@ def _affordable(token_bytes: int, model: Any, limits: BatchLimits) -> int:
     """For every sequence at the model's full context, but no more than there is to spare."""
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or _CONTEXT
-    spare = int(_free_memory() * _SHARE_OF_MEMORY)
+    spare = int(_free_memory(model.device) * _SHARE_OF_MEMORY)
     # a page more for each: the last is seldom full
     return min(spare, limits.max_rows * (context + limits.page_size) * token_bytes)
 
 
-def _free_memory() -> int:
-    """Bytes that the system still has, or the container where that has less."""
+def _free_memory(device: Any) -> int:
+    """Bytes that the GPU still has; of a CPU the system, or the container where that has less."""
     import psutil
+    import torch
 
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     free: int = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")  # a container sees its own as the root of version 2
     try:
@@ -224,15 +235,19 @@ def _free_memory() -> int:
 
 def _warm_up(runner: Runner) -> None:
     """Touch every weight and buffer: the first request should find what later ones find."""
+    from prune_llm.activation.levels import DENSE
     from prune_llm.batching import Batcher
     from prune_llm.sampling import SamplingParams
     from prune_llm.sequences import SequenceRequest
 
     batcher = Batcher(runner)
-    for level in runner.levels:
-        batcher.add(SequenceRequest(level, (0,), SamplingParams(max_tokens=_WARM_TOKENS), level))
-    while not batcher.idle:
-        batcher.step()
+    # on a GPU every number of rows is compiled and recorded when it first comes
+    for levels in (runner.levels, *((DENSE,) * rows for rows in runner.warm_rows)):
+        for place, level in enumerate(levels):
+            params = SamplingParams(max_tokens=_WARM_TOKENS, temperature=0, ignore_eos=True)
+            batcher.add(SequenceRequest(str(place), (0,), params, level))
+        while not batcher.idle:
+            batcher.step()
 
 
 def _request(fields: Message) -> SequenceRequest:

@@ -17,19 +17,12 @@ from tiny_models import MORE, PROMPT, SIZES, add_levels, llama_config, save_mode
 import prune_llm
 from prune_llm.batching import Batcher
 from prune_llm.generation import generate
-from prune_llm.runners import (
-    SCORED_ROWS,
-    BatchLimits,
-    PlanRunner,
-    Ran,
-    Runner,
-    Segment,
-    TransformersRunner,
-    new_runner,
-    token_bytes,
-)
+from prune_llm.plan_runner import PlanRunner
+from prune_llm.runners import new_runner, token_bytes
 from prune_llm.sampling import SamplingParams
+from prune_llm.segments import SCORED_ROWS, BatchLimits, Ran, Runner, Segment
 from prune_llm.sequences import SequenceEvent, SequenceRequest
+from prune_llm.transformers_runner import TransformersRunner
 from prune_llm_kernels import dispatch
 
 VOCABULARY = SIZES["vocab_size"]
@@ -487,7 +480,7 @@ class PagedWords:
         ]
         assert len(logits) <= self.limits.max_rows + SCORED_ROWS
         shares = [0.5 if segment.level == "half" else None for segment in segments]
-        return Ran(torch.tensor(logits).reshape(-1, self.vocabulary), shares)
+        return Ran(torch.tensor(logits).reshape(-1, self.vocabulary), lambda: shares)
 
     def _logits(self, segment: Segment, count: int) -> list[float]:
         seen = [self._stored[segment.pages[p // PAGE], p % PAGE] for p in range(count)]

@@ -15,9 +15,11 @@ from tiny_models import SIZES, llama_config, save_model
 
 import prune_llm
 from prune_llm import PruneConfig, prune
-from prune_llm.decoder import PlanDecoder, TransformersDecoder, new_decoder, read_parts, recordable
+from prune_llm.decoder import PlanDecoder, new_decoder, recordable
 from prune_llm.generation import StopWatch, TextWriter, generate, prompt_ids, stream
+from prune_llm.parts import read_parts
 from prune_llm.sampling import SamplingParams
+from prune_llm.transformers_decoder import TransformersDecoder
 
 
 def configs() -> dict[str, Any]:
@@ -315,8 +317,42 @@ def test_generate_command(cli: Callable[..., Any], tiny_llama: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["prompt_tokens"] == 5 and len(found["token_ids"]) <= 12
-    printed = cli(*arguments)
+    printed = cli(*arguments, "--device", "cpu")
     assert found["text"] in printed.stdout and "tokens/s" in printed.stderr
+    if not torch.cuda.is_available():  # as "auto" chose
+        assert found["device"] == "cpu"
+    assert "kernels on cpu)" in printed.stderr
+
+
+def test_the_device_of_a_model_by_name(tiny_llama: Path) -> None:
+    found = generate(tiny_llama, "abc", max_tokens=2, device="cpu")
+    assert found.device == "cpu"
+    model = prune_llm.load(tiny_llama, device="cpu")
+    assert model.device.type == "cpu"
+    with pytest.raises(ValueError, match="device 'cpu': the model is loaded already, on cpu"):
+        generate(model, "abc", max_tokens=2, device="cpu")
+    with pytest.raises(ValueError, match="device 'cpu': device_map 'auto' is given as well"):
+        prune_llm.load(tiny_llama, device="cpu", device_map="auto")
+    # before anything is read
+    with pytest.raises(ValueError, match="device 'cuda:99': this machine has"):
+        prune_llm.load("nowhere", device="cuda:99")
+
+
+def test_auto_takes_the_gpu_where_there_is_one(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def to(model: Any, device: torch.device) -> Any:
+        taken.append(device)
+        return model
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", to)
+    for asked in ("auto", "cuda:1", "cpu", None):
+        prune_llm.load(tiny_llama, device=asked)
+    assert taken == [torch.device("cuda"), torch.device("cuda", 1), torch.device("cpu")]
 
 
 @pytest.mark.parametrize(
@@ -325,6 +361,8 @@ def test_generate_command(cli: Callable[..., Any], tiny_llama: Path) -> None:
         (("--prompt", "x", "--temperature", "-1"), "temperature -1.0: must be 0"),
         (("--prompt", "x", "--top-p", "0"), "top_p 0.0"),
         (("--prompt", ""), "prompt: is empty"),
+        (("--prompt", "x", "--device", "tpu"), "device 'tpu': unknown; choose one of auto, cpu"),
+        (("--prompt", "x", "--device", "cuda:99"), "device 'cuda:99': this machine has"),
         (("--prompt", "x", "--chat"), "no chat template"),
         ((), "Missing option '--prompt'"),
     ],

@@ -12,8 +12,9 @@ from tiny_models import llama_config, save_model
 from prune_llm import PruneConfig, load, prune
 from prune_llm.batching import Batcher
 from prune_llm.parts import read_parts
-from prune_llm.runners import BatchLimits, Ran, Segment, new_runner
+from prune_llm.runners import new_runner
 from prune_llm.sampling import SamplingParams
+from prune_llm.segments import BatchLimits, Ran, Segment
 from prune_llm.sequences import SequenceRequest
 from prune_llm_eval.speed import step_bytes
 from prune_llm_eval.throughput import (
@@ -41,7 +42,8 @@ class Counting:
         self.runs.append(segments)
         last = [segment.tokens[-1] + 1 for segment in segments if segment.wanted]
         logits_WV = torch.nn.functional.one_hot(torch.tensor(last, dtype=torch.int64), 99)
-        return Ran(logits_WV, [0.5 if segment.level == "40%" else None for segment in segments])
+        active = [0.5 if segment.level == "40%" else None for segment in segments]
+        return Ran(logits_WV, lambda: active)
 
     def leave(self, slot: int) -> None:
         self.left.append(slot)

@@ -93,6 +93,37 @@ def test_listed_channels(dtype: torch.dtype, rows: int, form: object) -> None:
     assert_as_exact_as_dense(y, kept, weight, None)
 
 
+@pytest.mark.parametrize("rows", [17, 40])
+@pytest.mark.parametrize("form", [packed, dense], ids=["packed", "dense"])
+def test_more_rows_than_the_kernels_take(form: object, rows: int) -> None:
+    """Prompts beside answers: the product is the dense one, of every row's own inputs."""
+    assert callable(form)
+    O, I = 66, 131
+    weight, x = make_weight(O, I, 0.5, torch.float32), torch.randn(rows, I)
+    bias, thresholds, scales = torch.randn(O), torch.rand(rows), torch.rand(I) + 0.5
+    x[3, 7] = float("nan")
+    thresholds[1], thresholds[2] = -1, torch.inf
+    kept = torch.where(reference.counting(x, thresholds, scales), x, 0)
+    channels = gpu.list_channels(x, thresholds, scales)
+    y = gpu.listed_linear(channels, form(weight), bias)
+    good = torch.arange(rows) != 3
+    assert y.shape == (rows, O) and y[3].isnan().all()
+    assert_as_exact_as_dense(y[good], kept[good], weight, bias)
+    assert_as_exact_as_dense(y[1:2], x[1:2], weight, bias)
+    assert torch.equal(y[2], bias)
+    assert channels.counts_C.tolist() == [gpu.CHUNK, I - gpu.CHUNK]
+    assert channels.listed_CN.flatten()[:I].tolist() == list(range(I))
+    assert channels.x_CBN.is_contiguous() and (channels.listed_CN < I).all()
+    thresholds[3], x[3] = 0.5, 0
+    kept[3] = 0
+    listed = gpu.list_channels(x, thresholds, scales)
+    y, found = gpu.listed_swiglu(listed, form(weight), bias, thresholds, None)
+    gate, up = F.linear(kept.double(), weight.double(), bias.double()).chunk(2, -1)
+    assert torch.allclose(y.double(), F.silu(gate) * up, rtol=1e-4, atol=1e-4)
+    assert found is not None
+    assert torch.equal(found.x_CBN, gpu.list_channels(y, thresholds, None).x_CBN)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_list_is_exact(rows: int) -> None:
     I = 300

@@ -30,6 +30,7 @@ class EngineConfig:
     cache_bytes: int = 0
     max_queue: int = 0
     default_level: str | None = None
+    device: str = ""
     threads: int | None = None
     trust_remote_code: bool = False
     load_seconds: float = 0.0
@@ -84,6 +85,24 @@ def test_bad_values_are_one_line(cli: Any, embedded: Any, options: list[str], me
     assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "device 'tpu': unknown; choose one of auto, cpu, cuda, cuda:N"),
+        ("cuda:x", "device 'cuda:x': unknown"),
+        ("cuda:99", "device 'cuda:99': this machine has "),
+    ],
+)
+def test_a_device_that_does_not_exist_starts_nothing(
+    cli: Any, embedded: Any, device: str, message: str
+) -> None:
+    result = cli("serve", "missing", "--port", "0", "--device", device)
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: {message}")
+    assert embedded.EmbeddedEngine.configs == []
+
+
 def test_a_model_that_does_not_load_is_one_line(cli: Any, embedded: Any) -> None:
     result = cli("serve", "missing", "--port", "0")
     assert result.exit_code == 2
@@ -94,12 +113,13 @@ def test_options_reach_the_engine(cli: Any, embedded: Any) -> None:
     cli(
         "serve", "missing", "--port", "0", "--served-model-name", "name", "--max-rows", "8",
         "--chunk-tokens", "64", "--kv-cache-gb", "1.5", "--max-queue", "9", "--default-level",
-        "40%", "--no-levels", "--threads", "2", "--trust-remote-code", "--load-seconds", "90",
-        "--stuck-seconds", "2.5", "--max-restarts", "0",
+        "40%", "--no-levels", "--device", "cpu", "--threads", "2", "--trust-remote-code",
+        "--load-seconds", "90", "--stuck-seconds", "2.5", "--max-restarts", "0",
     )  # fmt: skip
     assert embedded.EmbeddedEngine.configs == [
         embedded.EngineConfig(
-            "missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", 2, True, 90.0, 2.5, 0
+            *("missing", "name", False, 8, 64, 1_500_000_000, 9, "40%", "cpu", 2, True),
+            *(90.0, 2.5, 0),
         )
     ]
 
