@@ -19,7 +19,9 @@ from prune_llm_kernels.plan import AttentionStep
 MOST_SPLITS = 128  # of a context; their partial results are read at once
 _WAVES = 8  # attention programs, a warp each, for each multiprocessor
 _SLICE = 32  # elements of a head that one program combines
-_PRODUCTS = 1024  # elements of a product: more make a program of many warps
+_PRODUCTS = 1024  # elements of SwiGLU's product that a program makes
+_HELD = 512  # elements of queries that an attention program holds; of sums as many
+_MOST_QUERIES = 8  # heads that share a read
 _ENDLESS = 1 << 30  # a window that no position leaves
 
 
@@ -56,9 +58,9 @@ def attention(step: AttentionStep, rows: int) -> None:
     parts = -(-H // cache.kv_heads // sizes["GROUP"])
     page_blocks = cache.page_size // LANES
     window = step.window if step.window > 0 else _ENDLESS
-    tiles = -(-min(columns * page_blocks, window // LANES + 2) // sizes["BLOCKS"])
+    blocks = min(columns * page_blocks, window // LANES + 2)
     programs = cache.kv_heads * parts * rows
-    splits = splits_for(programs, tiles, gpu.multiprocessors(step.q_BHD.device))
+    splits = splits_for(programs, blocks, gpu.multiprocessors(step.q_BHD.device))
     partials_BHSD = step.q_BHD.new_empty(rows, H, splits, D, dtype=torch.float32)
     maxima_BHS, sums_BHS = partials_BHSD.new_empty(2, rows, H, splits)
     gpu_triton_step.attend[(splits, cache.kv_heads * parts, rows)](
@@ -90,7 +92,7 @@ def attention(step: AttentionStep, rows: int) -> None:
         columns * cache.page_size,
         window,
         splits,
-        **combine_config(splits, sizes),
+        **combine_config(splits, D),
     )
 
 
@@ -132,30 +134,28 @@ def rotation_config(size: int, rotated: int) -> dict[str, int]:
 def attention_config(group: int, size: int) -> dict[str, int]:
     """How attention is compiled for a head size and the query heads of a key-value head.
 
-    A program of one warp needs no exchange between warps; its registers hold queries and sums of
-    1024 elements each at most.
+    A program of one warp needs no exchange between warps; so many heads of a group share a read
+    that their queries and sums fit its registers, more are read for again, from the L2 cache.
     """
     head = _power(size)
-    queries = min(_power(group), max(_PRODUCTS // head, 1))
-    blocks = 2 if queries * head <= 512 else 1
-    sizes = {"SIZE": size, "HEAD": head, "GROUP": queries}
-    return {**sizes, "LANES": LANES, "BLOCKS": blocks, "num_warps": 1}
+    shared = min(group, max(_HELD // head, 1), _MOST_QUERIES)
+    return {"SIZE": size, "HEAD": head, "GROUP": shared, "LANES": LANES, "num_warps": 1}
 
 
-def combine_config(splits: int, sizes: dict[str, int]) -> dict[str, int]:
-    """How the splits' sum is compiled for what attention_config gave."""
-    shared = {name: sizes[name] for name in ("SIZE", "LANES", "BLOCKS")}
-    return {**shared, "SPLITS": _power(splits), "SLICE": _SLICE, "num_warps": 4}
+def combine_config(splits: int, size: int) -> dict[str, int]:
+    """How the sum of so many splits is compiled for a head size."""
+    sizes = {"SIZE": size, "SPLITS": _power(splits), "SLICE": _SLICE}
+    return {**sizes, "LANES": LANES, "num_warps": 4}
 
 
-def splits_for(programs: int, tiles: int, processors: int) -> int:
-    """Parts of a context of so many tiles, so that every multiprocessor has a few programs.
+def splits_for(programs: int, blocks: int, processors: int) -> int:
+    """Parts of a context of so many blocks, so that every multiprocessor has a few programs.
 
     Args:
         programs: rows and key-value heads that share the multiprocessors.
     """
     wanted = -(-_WAVES * processors // programs)
-    return max(1, min(wanted, tiles, MOST_SPLITS))
+    return max(1, min(wanted, blocks, MOST_SPLITS))
 
 
 def _power(n: int) -> int:

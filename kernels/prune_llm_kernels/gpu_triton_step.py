@@ -9,8 +9,8 @@ blocks and write partial results side by side, `combine` adds them in their orde
 read without a mask on tokens, which would cost a load for each; what lies behind a query or before
 its window is dropped by a selection, so that not even NaN there can be seen.
 
-Names: HEAD = head size rounded up to a power of two, SIZE = head size, GROUP = queries of a program
-rounded up so, LANES = tokens of a block, BLOCKS = blocks read at once.
+Names: SIZE = head size, HEAD = SIZE rounded up to a power of two, GROUP = query heads of a program,
+LANES = tokens of a block.
 """
 # mypy: ignore-errors
 # the language of kernels is Triton's; its types are not Python's
@@ -44,12 +44,12 @@ def silu_mul(gate, up, y, elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _lane_block(pages, block, inside, kv, kv_heads, page_blocks, cache_pages):
-    """Where in the cache a row's blocks of one head lie, counted in blocks; int64.
+def _lane_block(pages, block, kv, kv_heads, page_blocks, cache_pages):
+    """Where in the cache a row's block of one head lies, counted in blocks; int64.
 
     A page that the cache does not have becomes one that it has: nothing checks tables on a GPU.
     """
-    page = tl.load(pages + block // page_blocks, mask=inside, other=0)
+    page = tl.load(pages + block // page_blocks)
     page = tl.minimum(tl.maximum(page, 0), cache_pages - 1)
     return (page * kv_heads + kv) * page_blocks + block % page_blocks
 
@@ -93,9 +93,7 @@ def rotate_and_store(
             k += (row * kv_heads + kv) * SIZE
             v += (row * kv_heads + kv) * SIZE
             block, lane = position // LANES, position % LANES
-            at = _lane_block(
-                pages + row * columns, block, True, kv, kv_heads, page_blocks, cache_pages
-            )
+            at = _lane_block(pages + row * columns, block, kv, kv_heads, page_blocks, cache_pages)
             keys += at * (SIZE * LANES) + lane
             values += (at * LANES + lane) * WIDTH
             low, high = _rotated(k, cosine, sine, pair, turned, HALF)
@@ -108,7 +106,7 @@ def rotate_and_store(
 
 
 @triton.jit
-def _span(position, capacity, window, splits, LANES: tl.constexpr, BLOCKS: tl.constexpr):
+def _span(position, capacity, window, splits, LANES: tl.constexpr):
     """What a query sees: the first block, how many there are, and how many a split reads.
 
     No block for a row that is left out or lies behind its pages.
@@ -116,8 +114,18 @@ def _span(position, capacity, window, splits, LANES: tl.constexpr, BLOCKS: tl.co
     live = (position >= 0) & (position < capacity)
     first = tl.maximum(position + 1 - window, 0) // LANES
     blocks = tl.where(live, tl.maximum(position, 0) // LANES + 1 - first, 0)
-    share = tl.maximum(tl.cdiv(tl.cdiv(blocks, BLOCKS), splits), 1) * BLOCKS
-    return first, blocks, share
+    return first, blocks, tl.maximum(tl.cdiv(blocks, splits), 1)
+
+
+@triton.jit
+def _with_block(query, key, value, seen, maximum, total, sums):
+    """One step of the online softmax (Milakov & Gimelshein 2018) of one query over a block."""
+    scores = tl.sum(key.to(tl.float32) * query[:, None], 0)
+    scores = tl.where(seen, scores, float("-inf"))
+    larger = tl.maximum(maximum, tl.max(scores, 0))
+    weights, shrunk = tl.exp2(scores - larger), tl.exp2(maximum - larger)
+    added = tl.sum(weights[:, None] * value.to(tl.float32), 0)
+    return larger, total * shrunk + tl.sum(weights, 0), sums * shrunk + added
 
 
 @triton.jit
@@ -125,12 +133,12 @@ def attend(
     q, keys, values, pages, positions, partials, maxima, sums, heads, kv_heads, page_blocks,
     cache_pages, columns, window, splits, scale,
     SIZE: tl.constexpr, HEAD: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """partials[row, head, split] = the sum of 2^(score - maximum) v over a share of the context,
     with the maximum and the sum of the weights. Shares that hold nothing are not written.
 
     ``scale`` has the factor log2(e); ``window`` is larger than every position where there is none.
+    The heads of a group are tuples of tensors: one tensor of them all would not fit the registers.
     """
     WIDTH: tl.constexpr = (SIZE + LANES - 1) // LANES * LANES
     split, row = tl.program_id(0), tl.program_id(2)
@@ -138,64 +146,57 @@ def attend(
     parts = tl.cdiv(group, GROUP)
     kv, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     position = tl.load(positions + row).to(tl.int32)
-    capacity = columns * page_blocks * LANES
-    first, blocks, share = _span(position, capacity, window, splits, LANES, BLOCKS)
+    first, blocks, share = _span(position, columns * page_blocks * LANES, window, splits, LANES)
     begin = first + split * share
     end = tl.minimum(begin + share, first + blocks)
     if begin < end:
-        member = part * GROUP + tl.arange(0, GROUP)
-        query = row * heads + kv * group + member
         element, lane = tl.arange(0, HEAD), tl.arange(0, LANES)
-        asked = (member < group)[:, None] & (element < SIZE)[None, :]
-        queries = tl.load(q + query[:, None] * SIZE + element[None, :], mask=asked, other=0)
-        queries = queries.to(tl.float32) * scale
-        maximum = tl.full([GROUP], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP], tl.float32)
-        sum_GD = tl.zeros([GROUP, HEAD], tl.float32)
-        key_at = element[None, :, None] * LANES + lane[None, None, :]
-        value_at = lane[None, :, None] * WIDTH + element[None, None, :]
-        for start in range(begin, end, BLOCKS):
-            block = start + tl.arange(0, BLOCKS)
-            inside = block < end
-            at = _lane_block(
-                pages + row * columns, block, inside, kv, kv_heads, page_blocks, cache_pages
-            )
-            at = at[:, None, None] * LANES
-            present = inside[:, None, None]
-            stored = present & (element < SIZE)[None, :, None]
-            key = tl.load(keys + at * SIZE + key_at, mask=stored, other=0)
-            padded = present & (element < WIDTH)[None, None, :]
-            value = tl.load(values + at * WIDTH + value_at, mask=padded, other=0)
-            token = block[:, None] * LANES + lane[None, :]
-            seen = inside[:, None] & (token <= position) & (token > position - window)
-            scores = tl.sum(key.to(tl.float32)[None] * queries[:, None, :, None], 2)
-            scores = tl.where(seen[None], scores, float("-inf"))
-            larger = tl.maximum(maximum, tl.max(tl.max(scores, 2), 1))
-            weights = tl.exp2(scores - larger[:, None, None])
-            shrunk = tl.exp2(maximum - larger)
-            value = tl.where(seen[:, :, None], value.to(tl.float32), 0.0)
-            total = total * shrunk + tl.sum(tl.sum(weights, 2), 1)
-            added = tl.sum(tl.sum(weights[:, :, :, None] * value[None], 2), 1)
-            sum_GD = sum_GD * shrunk[:, None] + added
-            maximum = larger
-        to = query * splits + split
-        tl.store(maxima + to, maximum, mask=member < group)
-        tl.store(sums + to, total, mask=member < group)
-        to = partials + to.to(tl.int64)[:, None] * SIZE + element[None, :]
-        tl.store(to, sum_GD, mask=asked)
+        stored, padded = element < SIZE, element < WIDTH
+        queries, maxima_G, totals_G, sums_GD = (), (), (), ()
+        for member in tl.static_range(GROUP):  # behind the group's last, the last again
+            head = kv * group + tl.minimum(part * GROUP + member, group - 1)
+            query = tl.load(q + (row * heads + head) * SIZE + element, mask=stored, other=0)
+            queries += (query.to(tl.float32) * scale,)
+            maxima_G += (tl.full([], float("-inf"), tl.float32),)
+            totals_G += (tl.full([], 0.0, tl.float32),)
+            sums_GD += (tl.zeros([HEAD], tl.float32),)
+        for block in range(begin, end):
+            at = _lane_block(pages + row * columns, block, kv, kv_heads, page_blocks, cache_pages)
+            of_keys = keys + at * (SIZE * LANES) + element[:, None] * LANES + lane[None, :]
+            of_values = values + at * (LANES * WIDTH) + lane[:, None] * WIDTH + element[None, :]
+            key = tl.load(of_keys, mask=stored[:, None], other=0)
+            value = tl.load(of_values, mask=padded[None, :], other=0)
+            token = block * LANES + lane
+            seen = (token <= position) & (token > position - window)
+            value = tl.where(seen[:, None], value, tl.zeros_like(value))
+            new_maxima, new_totals, new_sums = (), (), ()
+            for member in tl.static_range(GROUP):
+                maximum, total, sum_D = _with_block(
+                    queries[member], key, value, seen,
+                    maxima_G[member], totals_G[member], sums_GD[member],
+                )  # fmt: skip
+                new_maxima += (maximum,)
+                new_totals += (total,)
+                new_sums += (sum_D,)
+            maxima_G, totals_G, sums_GD = new_maxima, new_totals, new_sums
+        for member in tl.static_range(GROUP):
+            if part * GROUP + member < group:
+                to = (row * heads + kv * group + part * GROUP + member) * splits + split
+                tl.store(maxima + to, maxima_G[member])
+                tl.store(sums + to, totals_G[member])
+                tl.store(partials + to.to(tl.int64) * SIZE + element, sums_GD[member], mask=stored)
 
 
 @triton.jit
 def combine(
     partials, maxima, sums, positions, out, heads, capacity, window, splits,
     SIZE: tl.constexpr, SPLITS: tl.constexpr, SLICE: tl.constexpr, LANES: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """out[row, head], SLICE of its elements: the splits together. Zeros for a row left out, NaN for
     one that lies behind its pages: nothing checks positions on a GPU."""
     row = tl.program_id(2)
     position = tl.load(positions + row).to(tl.int32)
-    first, blocks, share = _span(position, capacity, window, splits, LANES, BLOCKS)
+    first, blocks, share = _span(position, capacity, window, splits, LANES)
     split = tl.arange(0, SPLITS)
     written = split < tl.cdiv(blocks, share)
     query = row * heads + tl.program_id(1)
