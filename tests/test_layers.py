@@ -26,7 +26,7 @@ COMPOSITION_ROOT = {path.name for path in (ROOT / "prune_llm").glob("cli*.py")} 
 # what kernels must not know of: models and files
 KERNELS_MUST_NOT = {"transformers", "safetensors", "datasets", "tokenizers", "huggingface_hub"}
 # kernels and ops take tensors and numbers only: no object can bundle their parameters
-MANY_PARAMETERS = {"gpu_triton.py", "gpu_ops.py"}
+MANY_PARAMETERS = {"gpu_triton.py", "gpu_triton_step.py", "gpu_ops.py"}
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "types.py"}
 
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prune_llm_kernels import gpu, gpu_layout, reference
+from prune_llm_kernels import gpu, gpu_layout, gpu_step, reference
 from prune_llm_kernels.channel_weight import ChannelWeight
 from prune_llm_kernels.gpu_ways import COPIED, DENSE, PACKED, Ways
 from prune_llm_kernels.packed_weight import PackedWeight
 from prune_llm_kernels.plan import AnyWeight, Gate
-from prune_llm_kernels.reference_plan import silu_mul
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,8 @@ class SwiGLU:
         weight = self.linears.groups[0][0]
         if len(self.linears.groups) > 1 or not _sparse(weight, x.gate, rows):
             self.linears(rows)
-            gate_BO, up_BO = (part.out_BO[:rows].float() for part in (gate_part, up_part))
-            self.out_BO[:rows].copy_(silu_mul(gate_BO, up_BO))
+            gate_BO, up_BO = (part.out_BO[:rows] for part in (gate_part, up_part))
+            gpu_step.silu_mul(gate_BO, up_BO, self.out_BO[:rows])
             return
         assert isinstance(weight, ChannelWeight)
         if _listed(weight, x.gate, rows):
