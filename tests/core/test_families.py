@@ -207,7 +207,8 @@ def assert_same(name: str, ours: Tensor, theirs: Tensor) -> None:
     if FAMILIES[name].exact:
         assert torch.equal(ours, theirs)
     else:
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        bound = 2e-2 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -285,7 +286,8 @@ def test_packed_logits_in_reference_mode(name: str, pruned: Any, backend_referen
     if FAMILIES[name].exact:
         assert torch.equal(ours, theirs)
     else:
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        bound = 2e-2 if FAMILIES[name].dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

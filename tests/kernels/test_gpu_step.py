@@ -204,7 +204,7 @@ class Launches(torch.utils._python_dispatch.TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         for module in modules:
-            for name, kernel in vars(module).items():
+            for _name, kernel in vars(module).items():
                 if hasattr(kernel, "__getitem__") and hasattr(kernel, "arg_names"):
                     monkeypatch.setattr(type(kernel), "__getitem__", self.counted(type(kernel)))
 
