@@ -218,6 +218,7 @@ def generate_command(
 @click.option("--context", "contexts", type=int, multiple=True, help="Prompt length; repeatable.")
 @click.option("--tokens", type=int, default=64, show_default=True, help="Tokens decoded behind it.")
 @click.option("--rounds", type=int, default=3, show_default=True, help="Rounds; medians count.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--threads", type=int, multiple=True, help="Threads; repeatable.  [default: 1, all]")
 @click.option("--batch", "batches", type=int, multiple=True, help="Rows of x; repeatable.")
 @click.option("--no-linears", is_flag=True, help="Only decode; leave out the linears.")

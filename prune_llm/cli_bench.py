@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from prune_llm.cli_tables import new_table, size
 
 if TYPE_CHECKING:
+    from prune_llm_eval.resident import Resident
     from prune_llm_eval.speed import SpeedReport
 
 LINEAR_COLUMNS = ("linear", "O x I", "rows", "thr", "torch ms", "ours dense", "packed", "limit")
@@ -49,7 +50,8 @@ def run_bench(
 def print_speed(console: Console, report: SpeedReport) -> None:
     """Linears, decoding, memory, and what the columns mean."""
     about = report.about
-    console.print(", ".join(f"{key} {about[key]}" for key in ("cpu", "isa", "torch", "dtype")))
+    told = ("device", "gpu", "cuda", "cpu", "isa", "torch", "dtype")
+    console.print(", ".join(f"{key} {about[key]}" for key in told if key in about))
     if report.linears:
         table = new_table("one linear after the other", LINEAR_COLUMNS)
         for row in report.linears:
@@ -57,7 +59,7 @@ def print_speed(console: Console, report: SpeedReport) -> None:
                 row.kind,
                 f"{row.out_features}x{row.in_features}",
                 str(row.batch),
-                str(row.threads),
+                _threads(row.threads),
                 f"{row.torch_seconds * 1e3:.3f}",
                 f"{row.torch_seconds / row.dense_seconds:.2f}x",
                 f"{row.speed_up:.2f}x",
@@ -68,7 +70,7 @@ def print_speed(console: Console, report: SpeedReport) -> None:
     for decode in report.decodes:
         table.add_row(
             str(decode.context),
-            str(decode.threads),
+            _threads(decode.threads),
             f"{decode.transformers:.1f}",
             f"{decode.own_dense:.1f}",
             f"{decode.packed:.1f}",
@@ -76,19 +78,27 @@ def print_speed(console: Console, report: SpeedReport) -> None:
             f"{decode.limit:.0%}",
         )
     console.print(table)
-    resident = report.resident
+    if report.resident is not None:
+        _print_memory(console, report.resident)
+    console.print(
+        "rows: of x; thr: threads; ours dense, packed: times as fast as torch's dense linear; "
+        "faster: packed against transformers' generate on the dense model; limit: share of the "
+        "speed at which memory delivers the bytes, measured in the same run; cached: the weights "
+        "fit a cache, where packing gains nothing",
+        soft_wrap=True,
+    )
+
+
+def _threads(count: int | None) -> str:
+    return "-" if count is None else str(count)
+
+
+def _print_memory(console: Console, resident: Resident) -> None:
     other = f"{'-' if resident.other < 0 else ''}{size(abs(resident.other))}"
     console.print(
         f"memory: loading and decoding took {size(resident.loaded)}: weights "
         f"{size(resident.weights)}, cache {size(resident.cache)}, other "
         f"{other} (code and buffers, less weights never read), beside "
         f"{size(resident.imported)} of interpreter and libraries",
-        soft_wrap=True,
-    )
-    console.print(
-        "rows: of x; thr: threads; ours dense, packed: times as fast as torch's dense linear; "
-        "faster: packed against transformers' generate on the dense model; limit: share of the "
-        "speed at which memory delivers the bytes, measured in the same run; cached: the weights "
-        "fit a cache, where packing gains nothing",
         soft_wrap=True,
     )

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from prune_llm.activation.levels import DENSE
 from prune_llm.decode_statistics import DecodeStatistics
 from prune_llm.decoder import Decoder, Draft, new_decoder
@@ -208,6 +210,8 @@ def decode(
     drawn: list[int] = []
     started = time.perf_counter()
     logits_V = decoder.prefill(ids)
+    if decoder.device.type == "cuda":  # which is still at it
+        torch.cuda.synchronize(decoder.device)
     prefilled = time.perf_counter()
     while True:
         token = sampler(logits_V)

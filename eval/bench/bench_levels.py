@@ -31,7 +31,7 @@ from prune_llm.activation.levels import Level, LevelTable
 from prune_llm.activation.measure import GatedModel
 from prune_llm.decoder import PlanDecoder, new_decoder
 from prune_llm.generation import load_tokenizer
-from prune_llm_eval.speed import time_plan, time_transformers
+from prune_llm_eval.decode_speed import time_plan, time_transformers
 from prune_llm_kernels import cpu
 
 MOST_ROWS = 6

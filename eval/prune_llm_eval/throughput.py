@@ -24,7 +24,9 @@ from prune_llm.decoder import recordable
 from prune_llm.parts import read_parts
 from prune_llm.runners import new_runner, token_bytes
 from prune_llm.segments import BatchLimits, Runner, Segment
-from prune_llm_eval.speed import OnProgress, seconds_of, step_bytes, time_transformers
+from prune_llm_eval.clock import seconds_of
+from prune_llm_eval.decode_speed import step_bytes, time_transformers
+from prune_llm_eval.speed import OnProgress
 from prune_llm_kernels import cpu
 
 if TYPE_CHECKING:

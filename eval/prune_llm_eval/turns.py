@@ -17,7 +17,7 @@ import torch
 from prune_llm.decoder import new_decoder
 from prune_llm.generation import load_tokenizer
 from prune_llm.memory import return_freed_memory
-from prune_llm_eval.speed import time_plan
+from prune_llm_eval.decode_speed import time_plan
 
 # tokens decoded before the clock runs
 WARM_UP = 8

@@ -16,7 +16,7 @@ from prune_llm.runners import new_runner
 from prune_llm.sampling import SamplingParams
 from prune_llm.segments import BatchLimits, Ran, Segment
 from prune_llm.sequences import SequenceRequest
-from prune_llm_eval.speed import step_bytes
+from prune_llm_eval.decode_speed import step_bytes
 from prune_llm_eval.throughput import (
     GENERATE,
     Load,

@@ -15,6 +15,8 @@ from prune_llm.decoder import recordable
 from prune_llm.report import cpu_name
 from prune_llm.sparse_linear import SparseLinear
 from prune_llm_eval import speed
+from prune_llm_eval.linear_speed import CACHED_BYTES, check_linears
+from prune_llm_eval.resident import measure_resident
 from prune_llm_eval.throughput import (
     GENERATE,
     Load,
@@ -56,14 +58,14 @@ def speed_section(
     on_progress("loading", 0, 1)
     sparse = load(model).eval()
     contexts = fitting_contexts(config, getattr(sparse.config, "max_position_embeddings", None))
-    speed.check_linears(packed_weights(sparse))
+    check_linears(packed_weights(sparse))
     dense = load(against or model, dequantize=against is None, dtype=sparse.dtype).eval()
     memory = {MODEL: _memory(sparse), DENSE: _memory(dense)}
     if recordable(sparse) is None and recordable(dense) is None:
         on_progress("measuring memory", 0, 1)
         names = {MODEL: model} | ({DENSE: against} if against else {})
         for role, name in names.items():
-            found = speed.measure_resident(name, max(contexts), config.tokens)
+            found = measure_resident(name, max(contexts), config.tokens)
             memory[role] |= {"process": found.loaded, "libraries": found.imported}
     variants = [Variant(DENSE, dense), Variant(MODEL, sparse)]
     if levels:
@@ -162,7 +164,7 @@ def _tell_timing(
         "active": timing.active,
         "bytes_per_step": nbytes,
         "bytes_per_token": None if nbytes is None else nbytes / load.batch,
-        "cached": None if nbytes is None else nbytes < speed.CACHED_BYTES,
+        "cached": None if nbytes is None else nbytes < CACHED_BYTES,
         "bandwidth_share": None,
         "decode_gain": None,
         "prompt_gain": None,
