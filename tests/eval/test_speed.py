@@ -160,6 +160,7 @@ def test_a_gpu_has_no_threads() -> None:
 
 def test_nothing_of_the_cpu_is_told_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     parts: Any = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.bfloat16)
     about = speed._about("some/model", None, parts)
     assert about["device"] == "cuda:1" and about["gpu"] == "A GPU"
