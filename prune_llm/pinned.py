@@ -22,6 +22,28 @@ def host_buffer(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=like.dtype, pin_memory=pinned)
 
 
+class HostCopy:
+    """A copy on the host of what a device computes; from a GPU on its way, into pinned memory.
+
+    On the CPU it is the tensor itself.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._host = values
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> Tensor:
+        """The values, whole."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
 class Arriving:
     """Values of a device on their way to the host, a few at a time; they arrive in order."""
 
