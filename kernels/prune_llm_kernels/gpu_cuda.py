@@ -18,7 +18,7 @@ from torch import Tensor
 from prune_llm_kernels.gpu_ops import CHUNK
 
 SOURCE = Path(__file__).with_name("gpu_kernels.cu")
-WARPS, STAGES = 4, 3
+WARPS, STAGES, PARTS = 4, 2, 2
 MAX_ROWS = 4  # whose sums a thread holds in registers
 ARCHITECTURE = 80  # at least: copies from global to shared memory that do not wait
 Launch = tuple[int, int]
@@ -33,8 +33,13 @@ def supports(dtype: torch.dtype, rows: int, in_features: int, listed: bool) -> b
 def definitions(dtype: torch.dtype, rows: int, block: int, listed: bool) -> dict[str, int]:
     """What the source is compiled with."""
     B = 1 << (rows - 1).bit_length()
-    sizes = {"BLOCK": block, "B": B, "WARPS": WARPS, "STAGES": STAGES, "CHUNK": CHUNK}
-    return {**sizes, "LISTED": int(listed), "BFLOAT16": int(dtype is torch.bfloat16)}
+    sizes = {"BLOCK": block, "B": B, "WARPS": WARPS, "STAGES": STAGES, "PARTS": PARTS}
+    return {
+        **sizes,
+        "CHUNK": CHUNK,
+        "LISTED": int(listed),
+        "BFLOAT16": int(dtype is torch.bfloat16),
+    }
 
 
 def compile_source(defined: dict[str, int], architecture: int) -> bytes:

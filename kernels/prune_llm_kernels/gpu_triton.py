@@ -293,11 +293,23 @@ def unpack(
 
 @triton.jit
 def _total(partials, row, output, rows, outputs, inside, splits):
-    """The sum of the splits in their order, [B, outputs of the program]."""
-    at = row[:, None] * outputs + output[None, :]
-    total = tl.load(partials + at, mask=inside, other=0)
-    for split in range(1, splits):
-        total += tl.load(partials + split * rows * outputs + at, mask=inside, other=0)
+    """The sum of the splits in their order, [B, outputs of the program].
+
+    Eight are read at once: each read waits for the second cache, and there are few programs.
+    """
+    at = partials + row[:, None] * outputs + output[None, :]
+    wide = rows * outputs
+    total = tl.load(at, mask=inside, other=0)
+    for first in range(1, splits, 8):
+        a = tl.load(at + first * wide, mask=inside, other=0)
+        b = tl.load(at + (first + 1) * wide, mask=inside & (first + 1 < splits), other=0)
+        c = tl.load(at + (first + 2) * wide, mask=inside & (first + 2 < splits), other=0)
+        d = tl.load(at + (first + 3) * wide, mask=inside & (first + 3 < splits), other=0)
+        e = tl.load(at + (first + 4) * wide, mask=inside & (first + 4 < splits), other=0)
+        f = tl.load(at + (first + 5) * wide, mask=inside & (first + 5 < splits), other=0)
+        g = tl.load(at + (first + 6) * wide, mask=inside & (first + 6 < splits), other=0)
+        h = tl.load(at + (first + 7) * wide, mask=inside & (first + 7 < splits), other=0)
+        total = (((((((total + a) + b) + c) + d) + e) + f) + g) + h
     return total
 
 

@@ -25,6 +25,7 @@ using std::min;
 struct Index {
   int x, y;
 };
+typedef Index int2;
 static Index threadIdx, blockIdx;
 
 static const int kThreads = 32 * WARPS, kStack = 1 << 16;
@@ -70,10 +71,16 @@ template <class T> static T exchange(T value, int source) {
 template <class T> static T __shfl_sync(unsigned, T value, int source) {
   return exchange(value, source);
 }
-template <class T> static T __shfl_up_sync(unsigned, T value, int distance, int width) {
+static void add_from_below(uint32_t* value, int distance) {
   const int lane = threadIdx.x % 32;
-  return exchange(value, lane % width >= distance ? lane - distance : lane);
+  const bool inside = lane % (BLOCK / 32) >= distance;
+  const uint32_t below = exchange(*value, inside ? lane - distance : lane);
+  if (inside) *value += below;
 }
+static uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return (uint32_t)(((uint64_t)high << 32 | low) >> (shift & 31));
+}
+template <class T> static T keep(T value) { return value; }
 static int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 static float __uint_as_float(uint32_t bits) {
   float value;
@@ -92,8 +99,20 @@ typedef std::vector<std::pair<uint8_t*, const uint8_t*>> Copies;
 static std::deque<Copies> pending[kThreads];
 static Copies opened[kThreads];
 
-static void copy_unit(uint8_t* to, const uint8_t* from) {
-  opened[threadIdx.x].push_back({to, from});
+typedef uint8_t* Shared;
+static Shared shared_address(void* at) { return (Shared)at; }
+static uint16_t read_u16(Shared at) {
+  uint16_t bits;
+  memcpy(&bits, at, 2);
+  return bits;
+}
+static uint32_t read_u32(Shared at) {
+  uint32_t bits;
+  memcpy(&bits, at, 4);
+  return bits;
+}
+static void copy_unit(Shared to, const uint8_t* from, int wanted) {
+  if (wanted) opened[threadIdx.x].push_back({to, from});
 }
 static void end_of_copies() {
   pending[threadIdx.x].push_back(std::move(opened[threadIdx.x]));

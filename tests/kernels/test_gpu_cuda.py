@@ -84,7 +84,7 @@ def test_lane_by_lane_it_is_the_product(
 
 
 # for every weight position of the inner loop, at most; registers of a thread, at most
-BOUNDS = {1: (10.5, 64), 2: (15.4, 72), 4: (17.4, 128)}
+BOUNDS = {1: (8.6, 64), 2: (9.6, 80), 4: (12.5, 128)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
