@@ -161,7 +161,7 @@ def plan_seconds(decoder: Decoder, setting: Setting) -> tuple[list[float], int]:
         return [time.perf_counter() - begun], sum(loaded)
     fill()
     decoder.plan.run()  # records the graph
-    return event_seconds(decoder.plan.run, setting.replays, fill), sum(loaded)
+    return event_seconds(decoder.plan.run, setting, fill), sum(loaded)
 
 
 def peer_seconds(step: Callable[..., Tensor], x_BI: Tensor, setting: Setting) -> list[float]:
@@ -178,7 +178,7 @@ def peer_seconds(step: Callable[..., Tensor], x_BI: Tensor, setting: Setting) ->
                 step(x_BI)
 
         steps()  # records
-        return [took / CALLS for took in event_seconds(steps, setting.replays)]
+        return [took / CALLS for took in event_seconds(steps, setting)]
 
 
 def add(

@@ -3,6 +3,7 @@
 And that it refuses: every kernel that is made wrong stops it before anything is timed.
 """
 
+import contextlib
 import importlib
 import json
 import sys
@@ -307,6 +308,60 @@ def test_thresholds_are_found(bench: SimpleNamespace) -> None:
     found, told = bench.gpu_steps.skipping(decoder, 0.5, setting)
     assert all(abs(share - 0.5) < 0.15 for share in told["channels_read"].values()), told
     assert found.thresholds_SB.min() > 0 and not found.counts_S3.any()
+
+
+class Event:
+    """In place of a CUDA event: says when it was recorded."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class Graph:
+    """In place of a CUDA graph: its replays take a tenth of a second."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+        time.sleep(0.1)
+
+
+def test_what_only_a_gpu_runs(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs, streams and events, with stand-ins: every line of the timers is run."""
+    monkeypatch.setattr(bench.gpu_run.Setting, "on_gpu", True)
+    monkeypatch.setattr(bench.gpu_run, "RING_BYTES", 2**14)
+    monkeypatch.setattr(bench.gpu_run, "CALLS", 7)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Event)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    run = new_run(bench, contexts=(16,), steps=(("W50A50", "wanda"),))
+    with run.section("products"):
+        linear(bench, run).bench(("W50", "random"))
+    # four copies exceed 16 KiB, twice makes at least 7 calls; 2 replays, and 3 before
+    assert Graph.replays == 2 * 5
+    assert all(1e5 / 8 <= row["us"] < 1.5e5 / 8 for row in run.rows)
+    baselines = bench.gpu_steps.Baselines()
+    with run.section("peer"):
+        bench.gpu_steps.bench_dense(run, 1e9, baselines)
+        bench.gpu_steps.bench_peer(run, 1e9, baselines, lambda peer: peer)
+    with run.section("steps"):
+        bench.gpu_steps.bench_steps(run, 1e9, baselines)
+    assert not run.left_out
+    names = [row["case"] for row in run.rows if row["kind"] == "step"]
+    assert names == ["dense", "dense, compiled by torch", "W50A50"]
+    assert run.rows[-1]["us_p10"] < run.rows[-1]["us_p90"]
 
 
 def test_targets_pass_and_fail(bench: SimpleNamespace) -> None:
