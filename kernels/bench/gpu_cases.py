@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from prune_llm_kernels import ChannelWeight, gpu, gpu_layout, reference
 
+# what predict_gpu.py writes: .md, and .json that a measured page is held against
+PREDICTED = Path(__file__).parents[2] / "eval" / "reports" / "gpu_decode_predicted_2026-11-29"
 RANDOM, WANDA = "random", "wanda"
 MASKS = (RANDOM, WANDA)
 SIGMA = 0.5  # of the logarithm of a channel's norm under Wanda
@@ -63,6 +66,11 @@ def parse_case(case: str) -> tuple[float, float]:
         raise SystemExit(f"case {case!r}: must look like W50A40, W50 or A50")
     pruned, skipped = (int(part or 0) / 100 for part in match.groups())
     return pruned, skipped
+
+
+def title(case: str, masks: str) -> str:
+    """As pages name a case."""
+    return f"{case}, Wanda masks" if masks == WANDA else case
 
 
 def channel_norms(I: int, masks: str, device: str = "cpu") -> Tensor:

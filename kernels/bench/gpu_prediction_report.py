@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from gpu_cases import LLAMA_8B, TARGETS, WANDA, Target, parse_case
+from gpu_cases import LLAMA_8B, TARGETS, Target, parse_case, title
 from gpu_prediction import (
     HIGH,
     LIKELY,
@@ -67,10 +67,6 @@ def prediction(made: Made, plans: Mapping[tuple[bool, bool], Launches], device: 
 
 def target_of(case: str, rows: int) -> Target:
     return next(t for t in TARGETS if t.case == case and rows in t.rows)
-
-
-def title(case: str, masks: str) -> str:
-    return f"{case}, Wanda masks" if masks == WANDA else case
 
 
 def _dense(O: int, I: int, device: Device, reached: Reached) -> float:

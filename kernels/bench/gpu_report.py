@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
-from gpu_cases import TARGETS, Target
+from gpu_cases import PREDICTED, TARGETS, Target, title
 from gpu_run import BLOCK, Run
 
 Row = dict[str, Any]
@@ -17,13 +18,28 @@ def targets(run: Run) -> list[Row]:
     step at each context, and which of them reach what is asked; None where nothing was measured."""
     products = [row for row in run.rows if row["kind"] == "product"]
     steps = [row for row in run.rows if row["kind"] == "step"]
-    found = []
+    found, expected = [], predicted()
     for target in TARGETS:
         masks = {str(r["masks"]) for r in [*products, *steps] if r["case"] == target.case}
         for mask in sorted(masks) or [""]:
             for rows in target.rows:
-                found.append(_kernels(target, mask, rows, products) | _steps(target, mask, steps))
+                row = _kernels(target, mask, rows, products) | _steps(target, mask, steps)
+                name = title(target.case, mask)
+                row["predicted"] = expected.get(("kernels", name, rows))
+                row["predicted_step"] = expected.get(("step", name, rows))
+                found.append(row)
     return found
+
+
+def predicted() -> dict[tuple[str, str, int], float]:
+    """Speed-ups of a block's linears, and of a step at context 256, by case and batch."""
+    file = PREDICTED.with_suffix(".json")
+    if not file.exists():  # the script without the project's reports
+        return {}
+    result = json.loads(file.read_text())
+    kernels = {("kernels", r["case"], r["rows"]): r["speedup"] for r in result["blocks"]}
+    steps = {("step", r["case"], 1): r["speedup"] for r in result["steps"] if r["context"] == 256}
+    return kernels | steps
 
 
 def _kernels(target: Target, masks: str, rows: int, products: list[Row]) -> Row:
@@ -91,21 +107,33 @@ def _target_table(found: list[Row]) -> Iterator[str]:
     yield "## What was asked (issue 9)"
     yield ""
     yield "Kernels over cuBLAS in a graph, a list made for every linear; end to end over the faster"
-    yield "of our plan with dense weights and torch's compiled step, by context."
+    yield "of our plan with dense weights and torch's compiled step, by context. Predicted: before"
+    yield "anything was measured, the step at context 256."
     yield ""
-    yield f"| | masks | batch | {' | '.join(BLOCK)} | all four | asked | end to end | asked |"
-    yield "|---" * (len(BLOCK) + 7) + "|"
+    names = " | ".join(BLOCK)
+    yield f"| | masks | batch | {names} | all four (asked; predicted) | step (asked; predicted) |"
+    yield "|---" * (len(BLOCK) + 5) + "|"
     for row in found:
         each = " | ".join(_verdict(row["kernels"][n], row["met"][n]) for n in BLOCK)
-        ends = [f"{context}: {_verdict(gain, row['steps_met'][context])}"
-                for context, gain in row["steps"].items()]  # fmt: skip
-        first = "" if row["step_asked"] is None or row["rows"] > 1 else row["step_asked"]
         asked = " / ".join(str(value) for value in sorted(set(row["asked"].values())))
+        four = _verdict(row["block"], row["block_met"]) + _known(asked, row["predicted"])
         yield (
-            f"| {row['target']} | {row['masks']} | {row['rows']} | {each} "
-            f"| {_verdict(row['block'], row['block_met'])} | {asked} "
-            f"| {', '.join(ends) if ends else ('' if not first else NOT_MEASURED)} | {first} |"
+            f"| {row['target']} | {row['masks']} | {row['rows']} | {each} | {four} "
+            f"| {_step_verdict(row)} |"
         )
+
+
+def _step_verdict(row: Row) -> str:
+    if row["step_asked"] is None:
+        return ""
+    gains = [f"{context}: {_verdict(gain, row['steps_met'][context])}"
+             for context, gain in row["steps"].items()]  # fmt: skip
+    known = _known(str(row["step_asked"]), row["predicted_step"])
+    return (", ".join(gains) or NOT_MEASURED) + known
+
+
+def _known(asked: str, expected: float | None) -> str:
+    return f" ({asked})" if expected is None else f" ({asked}; {expected:.2f}x)"
 
 
 def _verdict(gain: float | None, met: bool | None) -> str:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from gpu_cases import (
     LLAMA_8B,
+    PREDICTED,
     RANDOM,
     WANDA,
     Sizes,
@@ -38,6 +39,7 @@ from gpu_cases import (
     random_inputs,
     random_weight,
     read_bytes,
+    title,
 )
 from gpu_decoder import SITES, Decoder, random_layer
 from gpu_launches import recorded_launches
@@ -47,7 +49,6 @@ from gpu_prediction_report import SIZE, markdown, prediction
 from prune_llm_kernels import gpu, gpu_cuda, gpu_layout, reference
 from prune_llm_kernels.gpu_compile import disassembly, instructions, main_loop
 
-REPORT = Path(__file__).parents[2] / "eval" / "reports" / "gpu_decode_predicted_2026-11-29"
 ARCHITECTURE, DTYPE = 90, torch.bfloat16
 # words of shared memory that a warp's 32 reads of two bytes take, simulated in the notes, section 4
 WAVES = {0.5: 1.21, 0.7: 1.0}
@@ -65,7 +66,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.masks}" if self.masks == WANDA else self.name
+        return title(self.name, self.masks)
 
 
 CASES = (
@@ -184,7 +185,7 @@ def _plan_launches(sizes: Sizes, pruned: bool, gated: bool) -> tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=REPORT, help="path without its ending")
+    parser.add_argument("--out", type=Path, default=PREDICTED, help="path without its ending")
     options = parser.parse_args(arguments)
     device = Device()
     plans = {

@@ -382,7 +382,11 @@ def test_targets_pass_and_fail(bench: SimpleNamespace) -> None:
     assert half["block_met"] and half["steps_met"] == {"256": True, "4096": False}
     assert found["weights 50 %, batch 2 to 8", 4]["block"] is None
     table = "\n".join(bench.gpu_report._target_table(list(found.values())))
-    assert "1.44x **fail** | 1.44x pass | 1.44x pass | 1.4 / 1.5 | 256: 1.41x pass" in table
+    assert half["predicted"] == 1.16 and half["predicted_step"] == 1.17  # of the committed page
+    assert (
+        "| 1.44x **fail** | 1.44x pass | 1.44x pass (1.4 / 1.5; 1.16x) "
+        "| 256: 1.41x pass, 4096: 1.30x **fail** (1.4; 1.17x) |" in table
+    )
 
 
 def test_without_a_gpu_it_says_what_to_do(bench: SimpleNamespace) -> None:
