@@ -97,10 +97,10 @@ def bench_steps(run: Run, read: float, baselines: Baselines) -> None:
         for context in setting.contexts:
             if run.has_time(f"step {' '.join(case)} at context {context}"):
                 decoder = Decoder(setting.sizes, layers, head_VI, context)
-                shares = {}
                 if skipped := parse_case(case[0])[1]:
-                    decoder, shares = skipping(decoder, skipped, setting)
+                    decoder = skipping(decoder, skipped, setting)
                 times, loaded = plan_seconds(decoder, setting)
+                shares = {"channels_read": mean_shares(decoder)} if skipped else {}
                 gains = baselines.gains(context, statistics.median(times))
                 add(run, read, case, context, times, loaded, **gains, **shares)
 
@@ -115,10 +115,8 @@ def some_layers(case: str, masks: str, setting: Setting) -> list[Layer]:
     return layers
 
 
-def skipping(
-    decoder: Decoder, skipped: float, setting: Setting
-) -> tuple[Decoder, dict[str, object]]:
-    """The decoder with thresholds that skip a share of every site's inputs; what they do skip.
+def skipping(decoder: Decoder, skipped: float, setting: Setting) -> Decoder:
+    """The decoder with thresholds that skip a share of every site's inputs.
 
     A search by halves, in all sites at once: one's inputs hardly depend on another's threshold.
     """
@@ -127,21 +125,28 @@ def skipping(
     thresholds_SB = torch.zeros(sites, decoder.rows, device=device)
     found = replace(decoder, thresholds_SB=thresholds_SB)
     x_BI = torch.randn_like(found.x_BI)
-    width_S = torch.tensor(
-        [decoder.sizes.shapes[site][1] for site in SITES] * decoder.sizes.layers, device=device
-    )
-    share_S = low_S
     for _ in range(setting.searched):
         middle_S = (low_S * high_S).sqrt()
         thresholds_SB.copy_(middle_S[:, None].expand(sites, decoder.rows))
         found.counts_S3.zero_()
         found.x_BI.copy_(x_BI)
         found.plan.run()
-        share_S = found.counts_S3[:, 0] / width_S
-        more_S = share_S > 1 - skipped
+        more_S = read_shares(found) > 1 - skipped
         low_S, high_S = torch.where(more_S, middle_S, low_S), torch.where(more_S, high_S, middle_S)
-    read = {site: round(float(share_S[i :: len(SITES)].mean()), 3) for i, site in enumerate(SITES)}
-    return replace(found), {"channels_read": read}  # a plan that has not run
+    return replace(found)  # a plan that has not run
+
+
+def read_shares(decoder: Decoder) -> Tensor:
+    """Of the inputs of every block's sites those that were read, by the plan's own counts."""
+    widths = [decoder.sizes.shapes[site][1] for site in SITES] * decoder.sizes.layers
+    width_S = torch.tensor(widths, device=decoder.counts_S3.device)
+    return decoder.counts_S3[:, 0] / (decoder.counts_S3[:, 2] / decoder.rows * width_S)
+
+
+def mean_shares(decoder: Decoder) -> dict[str, float]:
+    """By site, over the blocks."""
+    share_S = read_shares(decoder)
+    return {site: round(float(share_S[i :: len(SITES)].mean()), 3) for i, site in enumerate(SITES)}
 
 
 def plan_seconds(decoder: Decoder, setting: Setting) -> tuple[list[float], int]:

@@ -305,9 +305,13 @@ def test_bytes_of_a_step_are_those_of_its_lists(bench: SimpleNamespace) -> None:
 def test_thresholds_are_found(bench: SimpleNamespace) -> None:
     decoder = small_decoder(bench, "A50")
     setting = replace(bench.gpu_run.DRY, searched=9)
-    found, told = bench.gpu_steps.skipping(decoder, 0.5, setting)
-    assert all(abs(share - 0.5) < 0.15 for share in told["channels_read"].values()), told
+    found = bench.gpu_steps.skipping(decoder, 0.5, setting)
     assert found.thresholds_SB.min() > 0 and not found.counts_S3.any()
+    for _ in range(2):
+        found.x_BI.normal_()
+        found.plan.run()
+    shares = bench.gpu_steps.mean_shares(found)
+    assert all(abs(share - 0.5) < 0.2 for share in shares.values()), shares
 
 
 class Event:

@@ -23,7 +23,7 @@ def beside_the_script() -> Iterator[None]:
     """The script's modules are found as they are when it is run."""
     sys.path.insert(0, str(ROOT / "kernels" / "bench"))
     yield
-    sys.path.pop(0)
+    sys.path.remove(str(ROOT / "kernels" / "bench"))
 
 
 @pytest.fixture(scope="module")
