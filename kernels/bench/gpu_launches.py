@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_llm_kernels import gpu_triton, gpu_triton_step
@@ -38,7 +39,12 @@ def recorded_launches() -> Iterator[list[str]]:
     names: list[str] = []
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-        return lambda *args, **sizes: names.append(kernel.fn.__name__)
+        def launch(*arguments: Any, **sizes: Any) -> None:
+            devices = {part.device for part in arguments if isinstance(part, Tensor)}
+            assert len(devices) == 1, f"{kernel.fn.__name__}: tensors on {devices}"
+            names.append(kernel.fn.__name__)
+
+        return launch
 
     kinds = {
         type(kernel)

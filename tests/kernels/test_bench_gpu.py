@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_llm_kernels import gpu, gpu_layout, gpu_selection, gpu_step
+from prune_llm_kernels import ChannelWeight, gpu, gpu_layout, gpu_selection, gpu_step
+from prune_llm_kernels.gpu_plan import GpuPlan
 
 FOLDER = Path(__file__).parents[2] / "kernels" / "bench"
 MODULES = (
@@ -368,6 +369,46 @@ def test_what_only_a_gpu_runs(bench: SimpleNamespace, monkeypatch: pytest.Monkey
     assert run.rows[-1]["us_p10"] < run.rows[-1]["us_p90"]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_everything_of_a_step_is_made_on_the_gpu(
+    bench: SimpleNamespace, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's device without contents stands for one: its tensors refuse to meet the CPU's."""
+    launches = importlib.import_module("gpu_launches")
+    monkeypatch.setattr(gpu, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gpu, "implementation", lambda device: "triton")
+    monkeypatch.setattr(GpuPlan, "run", lambda plan: plan._replay(1))  # positions are not read
+    monkeypatch.setattr(gpu_layout, "joined", lambda weights: None)  # asks for addresses
+    sizes, setting = bench.gpu_run.DRY.sizes, replace(bench.gpu_run.DRY, device="meta", searched=1)
+    with torch.no_grad():
+        norms = bench.gpu_decoder._site_norms(sizes, "wanda", "meta")
+        dense = {name: torch.randn(shape, device="meta") for name, shape in sizes.shapes.items()}
+        weights = {}
+        for name, (O, I) in sizes.shapes.items():
+            parts = dense[name].split(bench.gpu_decoder.widths(sizes, name))
+            weights[name] = tuple(
+                ChannelWeight(torch.randn(I, len(part), device="meta"), None, len(part), I, 512)
+                for part in parts
+            )
+            if packed:
+                starts = torch.zeros(2 * I + 1, dtype=torch.int32, device="meta")
+                weights[name] = tuple(
+                    ChannelWeight(torch.zeros(O * I, device="meta"), starts, len(part), I, 256)
+                    for part in parts
+                )
+        layer = bench.gpu_decoder.Layer(dense, weights, norms)
+        head_VI = torch.randn(sizes.vocabulary, sizes.hidden, device="meta")
+        decoder = bench.gpu_decoder.Decoder(sizes, [layer], head_VI, 20)
+        with launches.recorded_launches() as names:
+            decoder.plan.run()
+            gated = bench.gpu_steps.skipping(decoder, 0.5, setting)
+            gated.plan.run()
+        assert names.count("list_channels") == 4 * 2
+        assert bench.gpu_steps.read_shares(gated).device.type == "meta"
+        logits_BV = bench.gpu_peer.Peer(decoder)(decoder.x_BI)
+        assert logits_BV.shape == (1, sizes.vocabulary) and logits_BV.device.type == "meta"
+
+
 def test_targets_pass_and_fail(bench: SimpleNamespace) -> None:
     run = new_run(bench)
     for name in ("qkv", "o", "gate+up", "down"):
@@ -386,10 +427,14 @@ def test_targets_pass_and_fail(bench: SimpleNamespace) -> None:
     assert half["block_met"] and half["steps_met"] == {"256": True, "4096": False}
     assert found["weights 50 %, batch 2 to 8", 4]["block"] is None
     table = "\n".join(bench.gpu_report._target_table(list(found.values())))
-    assert half["predicted"] == 1.16 and half["predicted_step"] == 1.17  # of the committed page
+    page = json.loads(bench.gpu_cases.PREDICTED.with_suffix(".json").read_text())
+    kernels, step = (
+        next(r["speedup"] for r in page[kind] if r["case"] == "W50") for kind in ("blocks", "steps")
+    )
+    assert half["predicted"] == kernels and half["predicted_step"] == step
     assert (
-        "| 1.44x **fail** | 1.44x pass | 1.44x pass (1.4 / 1.5; 1.16x) "
-        "| 256: 1.41x pass, 4096: 1.30x **fail** (1.4; 1.17x) |" in table
+        f"| 1.44x **fail** | 1.44x pass | 1.44x pass (1.4 / 1.5; {kernels:.2f}x) "
+        f"| 256: 1.41x pass, 4096: 1.30x **fail** (1.4; {step:.2f}x) |" in table
     )
 
 
