@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prune_llm.sampling import NO_NUMBER, NOTHING, Sampler
 from prune_llm.scheduling import Scheduler
 from prune_llm.segments import Ran, Runner, Segment
 from prune_llm.sequences import LiveSequence, ScoredToken, SequenceEvent, SequenceRequest
@@ -194,10 +195,16 @@ def _draw(
     sequences: Sequence[LiveSequence], segments: Sequence[Segment], ran: Ran
 ) -> Iterator[_Drawn]:
     """Score the prompts' tokens and draw the next one of every sequence that is computed so far."""
+    there = None if ran.tokens_W is None else ran.tokens_W.tolist()  # a GPU is waited for here
+    left = [
+        sequence
+        for sequence, segment in zip(sequences, segments, strict=True)
+        if segment.wanted and (there is None or segment.sampler is None)
+    ]
     logits_WV, row = ran.logits_WV, 0
-    if not all(map(_only_greedy, sequences)):
-        logits_WV = logits_WV.cpu()  # whatever is asked of them, a GPU is waited for once
-    values, greedy = _largest(logits_WV)
+    if not all(map(_only_greedy, left)):
+        logits_WV = logits_WV.cpu()  # all of them at once
+    values, greedy = _largest(logits_WV) if left else ([], [])
     for sequence, segment in zip(sequences, segments, strict=True):
         end = segment.start + len(segment.tokens)
         last = end == len(sequence.tokens)
@@ -210,6 +217,9 @@ def _draw(
         if sequence.request.params.max_tokens == 0:
             yield sequence, None, None
             continue
+        if there is not None and segment.sampler is not None:
+            yield sequence, _noted(segment.sampler, there[row - 1]), None
+            continue
         try:
             plain = sequence.sampler.plain and not math.isnan(values[row - 1])
             token = greedy[row - 1] if plain else sequence.sampler(rows_TV[-1])
@@ -218,6 +228,14 @@ def _draw(
             continue
         scored = sequence.request.logprobs is not None
         yield sequence, token, _scores(sequence, rows_TV[-1:], [token])[0] if scored else None
+
+
+def _noted(sampler: Sampler, token: int) -> int | ValueError:
+    """A token that the device drew."""
+    if token == NOTHING:
+        return ValueError(NO_NUMBER)
+    sampler.note(token)
+    return token
 
 
 def _only_greedy(sequence: LiveSequence) -> bool:

@@ -278,7 +278,7 @@ class Block:
         stream.replace(number, hidden_of(self._run(number, stream)))
 
     def _run(self, number: int, stream: Stream) -> Any:
-        hidden_STD = stream[number].to(self._walk.device)
+        hidden_STD = stream[number].to(self._walk.device, non_blocking=True)
         call = stream.calls[len(hidden_STD)][self.index]
         try:
             return self._walk.run(self.index, hidden_STD, call)

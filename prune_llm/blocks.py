@@ -271,7 +271,7 @@ class Walk:
             stream.journaled = self.store.journaled and index == last
             for number, batch in enumerate(stream):
                 call = stream.calls[len(batch)][index]
-                output = self.run(index, batch.to(self.device), call)
+                output = self.run(index, batch.to(self.device, non_blocking=True), call)
                 stream.replace(number, hidden_of(output))
             self.residence.release(index)
             self.tick(index, "running the dense model")

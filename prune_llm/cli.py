@@ -29,6 +29,7 @@ from prune_llm.cli_sparsify import sparsify_command
 from prune_llm.cli_sweep import sweep_command
 from prune_llm.cli_tables import print_info
 from prune_llm.job import Progress
+from prune_llm.ranks import refuse_launched
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -63,8 +64,11 @@ def _fail(ctx: click.Context, message: str) -> None:
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="prune-llm")
 @click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
-def main(traceback: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, traceback: bool) -> None:
     """Make large language models sparse, and serve them faster."""
+    if ctx.invoked_subcommand != "prune":  # which alone shares its work
+        refuse_launched(str(ctx.invoked_subcommand))
 
 
 @contextmanager

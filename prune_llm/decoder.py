@@ -131,7 +131,7 @@ class PlanDecoder:
         level: str = DENSE,
         ways: tuple[dict[str, Any], ...] = (),
     ) -> None:
-        self.parts, self.levels, self._level, self.ways = parts, levels, level, ways
+        self.parts, self.levels, self.level, self.ways = parts, levels, level, ways
         first = parts.blocks[0]
         kv_heads = first.key.out_features // first.head_size
         self.caches = [
@@ -143,7 +143,7 @@ class PlanDecoder:
         self.length = 0  # tokens whose keys and values are valid
         self.angles = rotary_angles(parts.model, self.capacity)
         self.position_B = torch.zeros(1, dtype=torch.int64, device=parts.device)
-        self._recording = self.record(self.position_B, level)
+        self.whole_step = self.record(self.position_B, level)
 
     def record(self, positions_B: Tensor, level: str) -> WholeStep:
         """A plan over this decoder's one sequence, at a level, for rows at the positions."""
@@ -165,10 +165,10 @@ class PlanDecoder:
         return self.caches[0].page_size
 
     def statistics(self) -> DecodeStatistics:
-        gates = self._recording.blocks.gates
+        gates = self.whole_step.blocks.gates
         if gates is None:
-            return DecodeStatistics(self._level, ways=self.ways)
-        return DecodeStatistics(self._level, gates.active, gates.read, ways=self.ways)
+            return DecodeStatistics(self.level, ways=self.ways)
+        return DecodeStatistics(self.level, gates.active, gates.read, ways=self.ways)
 
     @property
     def cache_bytes(self) -> int:
@@ -222,7 +222,7 @@ class PlanDecoder:
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
-        logits_V = self.run(self._recording, token, self.length)
+        logits_V = self.run(self.whole_step, token, self.length)
         self.length += 1
         return logits_V
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from prune_llm.activation.levels import DENSE
 from prune_llm.decode_statistics import DecodeStatistics
-from prune_llm.decoder import Decoder, Draft, new_decoder
+from prune_llm.decoder import Decoder, Draft, PlanDecoder, new_decoder
+from prune_llm.running_ahead import RunningAhead, runs_ahead
 from prune_llm.sampling import Sampler, SamplingParams, model_defaults
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class Generation:
         max_tokens: how many could follow: as asked, or what the model's context left.
         prefill_seconds: until the first token's logits; decode_seconds: for all that follow.
         decoder: what ran the tokens; device: where, "cpu" or "cuda:0"; statistics: what its steps
-            did.
+            did. On a GPU, which nobody waits for, they are counted when the answer ends, with up to
+            two steps that were launched behind its end.
     """
 
     text: str
@@ -213,8 +216,7 @@ def decode(
     if decoder.device.type == "cuda":  # which is still at it
         torch.cuda.synchronize(decoder.device)
     prefilled = time.perf_counter()
-    while True:
-        token = sampler(logits_V)
+    for token in _tokens(decoder, sampler, logits_V, params.max_tokens):
         drawn.append(token)
         ended = token in ends and not params.ignore_eos
         last = len(drawn) == params.max_tokens
@@ -230,13 +232,30 @@ def decode(
                 prefilled - started,
                 time.perf_counter() - prefilled,
                 decoder.name,
-                decoder.statistics(),
+                _statistics(decoder, reason is not None),
                 str(decoder.device),
             ),
         )
         if reason is not None:
             return
+
+
+def _tokens(decoder: Decoder, sampler: Sampler, logits_V: Tensor, most: int) -> Iterator[int]:
+    """Tokens behind a prompt, as many as are asked for, up to ``most``."""
+    if runs_ahead(decoder):
+        assert isinstance(decoder, PlanDecoder)
+        yield from RunningAhead(decoder, sampler, most).tokens(logits_V)
+        return
+    while True:
+        token = sampler(logits_V)
+        yield token
         logits_V = decoder.step(token)
+
+
+def _statistics(decoder: Decoder, ended: bool) -> DecodeStatistics:
+    if not ended and isinstance(decoder, PlanDecoder) and runs_ahead(decoder):
+        return DecodeStatistics(decoder.level, ways=decoder.ways)
+    return decoder.statistics()
 
 
 class AnswerText:

@@ -20,3 +20,51 @@ def host_buffer(like: Tensor) -> Tensor:
     """Zeros on the host that a device can copy to while the host goes on."""
     pinned = like.device.type == "cuda"
     return torch.zeros(like.shape, dtype=like.dtype, pin_memory=pinned)
+
+
+class HostCopy:
+    """A copy on the host of what a device computes; from a GPU on its way, into pinned memory.
+
+    On the CPU it is the tensor itself.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._host = values
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> Tensor:
+        """The values, whole."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
+class Arriving:
+    """Values of a device on their way to the host, a few at a time; they arrive in order."""
+
+    def __init__(self, like: Tensor, most: int) -> None:
+        self._hosts = [host_buffer(like) for _ in range(most)]
+        pinned = like.device.type == "cuda"
+        self._events = [torch.cuda.Event() if pinned else None for _ in range(most)]
+
+    def send(self, index: int, values: Tensor) -> None:
+        """Number ``index``, behind what the device was told before; it takes the place of the one
+        ``most`` before it."""
+        place = index % len(self._hosts)
+        self._hosts[place].copy_(values, non_blocking=True)
+        event = self._events[place]
+        if event is not None:
+            event.record()
+
+    def wait(self, index: int) -> Tensor:
+        """The values on the host; of a device nothing that was sent later is waited for."""
+        place = index % len(self._hosts)
+        event = self._events[place]
+        if event is not None:
+            event.synchronize()
+        return self._hosts[place]

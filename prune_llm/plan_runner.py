@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prune_llm.activation.decoding import ModelLevels, PlanGates
 from prune_llm.activation.levels import DENSE
+from prune_llm.device_sampling import DeviceSampler, Needs
 from prune_llm.parts import ModelParts
 from prune_llm.pinned import host_to
 from prune_llm.recording import Head, Recording, rotary_angles
@@ -26,7 +27,9 @@ from prune_llm.segments import (
     cache_size,
     model_context,
 )
+from prune_llm_kernels.gpu_graph import Recorded
 from prune_llm_kernels.kv_cache import LANES, KeyValueCache
+from prune_llm_kernels.plan import DevicePlan
 
 _FEW_ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -77,6 +80,10 @@ class PlanRunner:
         )
         wanted = limits.max_rows + SCORED_ROWS
         self._head = Head(parts, parts.embedding_VD.new_zeros(wanted, parts.embedding_VD.shape[1]))
+        self._drawing: DeviceSampler | None = None
+        self._draws: dict[tuple[int, Needs], Recorded] = {}
+        if isinstance(self._head.plan, DevicePlan):
+            self._drawing = DeviceSampler(limits.max_rows, wanted, parts.head.out_features, device)
 
     @torch.inference_mode()
     def run(self, segments: Sequence[Segment]) -> Ran:
@@ -87,10 +94,13 @@ class PlanRunner:
         dense = self._names.count(DENSE)
         if self._gates is not None:
             self._gates.note_run()
-        return Ran(self._logits(segments), partial(self._shares, segments, dense))
+        logits_WV, tokens_W = self._run_head(segments)
+        return Ran(logits_WV, partial(self._shares, segments, dense), tokens_W)
 
     def leave(self, slot: int) -> None:
         self._tabled[slot] = 0
+        if self._drawing is not None:
+            self._drawing.leave(slot)
 
     def _shares(self, segments: Sequence[Segment], dense: int) -> list[float | None]:
         share = None if self._gates is None else self._gates.run_active(dense)
@@ -141,21 +151,45 @@ class PlanRunner:
             self._gates.choose_rows(names)
             self._names = names
 
-    def _logits(self, segments: Sequence[Segment]) -> Tensor:
+    def _run_head(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
+        """Logits of the wanted rows, and the tokens that were drawn of some."""
         wanted: list[int] = []
+        drawers: list[int | None] = []  # the slot whose token is drawn behind a wanted row
         end = 0
         for segment in segments:
             end += len(segment.tokens)
             wanted += range(end - segment.wanted, end)
-        count = len(wanted)
-        if count:
-            rows = self._rows(count, len(self._head.x_BD))
-            chosen = torch.tensor(wanted + wanted[-1:] * (rows - count))
-            torch.index_select(
-                self._blocks.x_BD, 0, host_to(self._device, chosen), out=self._head.x_BD[:rows]
-            )
+            drawers += [None] * segment.wanted
+            if segment.sampler is not None and self._drawing is not None:
+                self._drawing.take(segment.slot, segment.sampler)
+                drawers[-1] = segment.slot
+        count, drawing = len(wanted), self._drawing
+        logits_WV = self._head.logits_BV[:count]
+        if not count:
+            return logits_WV, None
+        rows = self._rows(count, len(self._head.x_BD))
+        chosen = torch.tensor(wanted + wanted[-1:] * (rows - count))
+        torch.index_select(
+            self._blocks.x_BD, 0, host_to(self._device, chosen), out=self._head.x_BD[:rows]
+        )
+        if drawing is None or drawers == [None] * count:
             self._head.plan.run(rows)
-        return self._head.logits_BV[:count]
+            return logits_WV, None
+        self._draw(rows, drawing.place(drawers + [None] * (rows - count)))
+        return logits_WV, drawing.tokens_B[:count]
+
+    def _draw(self, rows: int, needs: Needs) -> None:
+        """Head and samplers, in one graph."""
+        if (rows, needs) not in self._draws:
+            operations = partial(self._draw_operations, rows, needs)
+            self._draws[rows, needs] = Recorded(operations, self._device)
+        self._draws[rows, needs]()
+
+    def _draw_operations(self, rows: int, needs: Needs) -> None:
+        plan = self._head.plan
+        assert isinstance(plan, DevicePlan) and self._drawing is not None
+        plan.replay(rows)
+        self._drawing.draw(self._head.logits_BV[:rows], needs)
 
 
 def records_rows(device: torch.device) -> bool:

@@ -94,16 +94,22 @@ def model_defaults(generation_config: Any) -> dict[str, Any]:
     return {"temperature": 1.0} | {name: v for name, v in asked.items() if v is not None}
 
 
-_NO_NUMBER = "the model's logits are not numbers; check its weights, or try float32"
+NOTHING = -1  # in place of a token that a device drew, where no logit was a number
+NO_NUMBER = "the model's logits are not numbers; check its weights, or try float32"
 
 
 class Sampler:
-    """Draws one sequence's tokens."""
+    """Draws one sequence's tokens, with one uniform random number for each that is not greedy.
+
+    Attributes:
+        params: what was asked for.
+        prompt: tokens it was made with; drawn: how often each token was drawn since.
+    """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
-        self._params = params
-        self._prompt = frozenset(prompt)
-        self._drawn: Counter[int] = Counter()
+        self.params = params
+        self.prompt = frozenset(prompt)
+        self.drawn: Counter[int] = Counter()
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -113,15 +119,21 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether every draw is the argmax of the logits as they are."""
-        return self._greedy and not self._adjusts
+        return self.greedy and not self.adjusts
 
     @property
-    def _greedy(self) -> bool:
-        return self._params.temperature < _LEAST_TEMPERATURE
+    def greedy(self) -> bool:
+        return self.params.temperature < _LEAST_TEMPERATURE
+
+    def filters(self, vocabulary: int) -> bool:
+        """Whether some of the tokens may not be drawn."""
+        params = self.params
+        return 0 < params.top_k < vocabulary or params.top_p < 1 or params.min_p > 0
 
     @property
-    def _adjusts(self) -> bool:
-        params = self._params
+    def adjusts(self) -> bool:
+        """Whether logits are changed by biases or penalties."""
+        params = self.params
         penalties = params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1
         return any(penalties) or bool(params.logit_bias)
 
@@ -132,33 +144,53 @@ class Sampler:
             ValueError: the model computed no number at all.
         """
         token = _largest(logits_V) if self.plain else self._draw(logits_V.cpu())
-        self._drawn[token] += 1
+        self.note(token)
         return token
+
+    def note(self, token: int) -> None:
+        """A token was drawn, here or on a device."""
+        self.drawn[token] += 1
+
+    def uniform(self) -> float:
+        """The random number in [0, 1) of the next token that is not greedy."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def _draw(self, logits_V: Tensor) -> int:
         if bool(logits_V.isnan().all()):
-            raise ValueError(_NO_NUMBER)
-        if self._adjusts:
+            raise ValueError(NO_NUMBER)
+        if self.adjusts:
             logits_V = self._adjusted(logits_V)
-        if self._greedy:
+        if self.greedy:
             return _largest(logits_V)
-        tokens, probabilities = distribution(logits_V, self._params)
-        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
+        tokens, probabilities = distribution(logits_V, self.params)
+        return int(tokens[place_of(self.uniform(), probabilities)])
 
     def _adjusted(self, logits_V: Tensor) -> Tensor:
         """Bias, then penalties, in float32; the logits given stay as they are."""
-        params, logits_V = self._params, logits_V.float().clone()
+        params, logits_V = self.params, logits_V.float().clone()
         for token, bias in params.logit_bias.items():
             logits_V[token] += bias
         if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(self._prompt | self._drawn.keys()))
+            seen = torch.tensor(sorted(self.prompt | self.drawn.keys()))
             values = logits_V[seen].double()  # float32 has no number for every penalty: 0 x inf
             penalty = params.repetition_penalty
             penalised = torch.where(values > 0, values / penalty, values * penalty)
             logits_V[seen] = penalised.float()
-        for token, count in self._drawn.items():
+        for token, count in self.drawn.items():
             logits_V[token] -= params.presence_penalty + params.frequency_penalty * count
         return logits_V
+
+
+def place_of(uniform: float | Tensor, probabilities: Tensor) -> Tensor:
+    """The place that a random number in [0, 1) falls on, int64 [...]: the inverse of the
+    distribution, in float64.
+
+    Args:
+        uniform: a number, or float64 [...]. probabilities: [..., n], of any sum above 0.
+    """
+    below = probabilities.double().cumsum(-1)
+    mark = below[..., -1] * uniform
+    return (below <= mark[..., None]).sum(-1)
 
 
 def _largest(logits_V: Tensor) -> int:
@@ -170,7 +202,7 @@ def _largest(logits_V: Tensor) -> int:
     best, missing = logits_V.nan_to_num(nan=-torch.inf).argmax(), logits_V.isnan().all()
     token, nothing = torch.stack([best, missing.long()]).tolist()  # a GPU is waited for once
     if nothing:
-        raise ValueError(_NO_NUMBER)
+        raise ValueError(NO_NUMBER)
     return int(token)
 
 

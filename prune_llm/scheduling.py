@@ -134,6 +134,7 @@ class Scheduler:
                 None if in_prompt else request.level,
                 wanted,
                 sequence.pages,
+                sequence.sampler if end == known and sequence.only_tokens else None,
             )
         )
 

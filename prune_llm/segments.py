@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from prune_llm.sampling import Sampler
 from prune_llm_kernels.kv_cache import LANES
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Segment(NamedTuple):
         level: of activation sparsity; None: they belong to the prompt, which is always dense.
         wanted: rows at the end whose logits are wanted.
         pages: of the sequence, those of these tokens among them.
+        sampler: of the sequence, where a token is to be drawn behind the last row and nothing else
+            of its logits is looked at. A runner may draw it, see `Ran`.
     """
 
     slot: int
@@ -66,6 +69,7 @@ class Segment(NamedTuple):
     level: str | None
     wanted: int
     pages: Sequence[int]
+    sampler: Sampler | None = None
 
 
 class Ran(NamedTuple):
@@ -74,10 +78,13 @@ class Ran(NamedTuple):
     Attributes:
         logits_WV: of the wanted rows of all segments, in their order; valid until the next run.
         shares: makes ``active``, once the device is done with the run: look at the logits first.
+        tokens_W: of the rows behind which segments have a token drawn by their sampler, the token,
+            NOTHING where no logit was a number; of others anything. None: the runner draws none.
     """
 
     logits_WV: Tensor
     shares: Callable[[], Sequence[float | None]]
+    tokens_W: Tensor | None = None
 
     @property
     def active(self) -> Sequence[float | None]:

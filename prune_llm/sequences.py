@@ -131,6 +131,13 @@ class LiveSequence:
         return len(self.tokens) - 1
 
     @property
+    def only_tokens(self) -> bool:
+        """Whether nothing of its logits is looked at but to draw the next token."""
+        request = self.request
+        scored = request.logprobs is not None or request.prompt_logprobs
+        return not scored and request.params.max_tokens > 0
+
+    @property
     def shareable(self) -> int:
         """Tokens whose keys and values any other sequence of the same tokens has too."""
         return len(self.tokens) if self.request.level == DENSE else self.prompt_tokens

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prune_llm.fused_block import is_plain_call
+from prune_llm.pinned import HostCopy
 from prune_llm.stream_files import Store, StreamFile
 
 
@@ -62,6 +63,10 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, C
     return kwargs["hidden_states"], Call(False, args, rest)
 
 
+def _append(file: StreamFile, copy: HostCopy) -> None:
+    file.append(copy.wait())
+
+
 @dataclass
 class Stream:
     """Hidden states between two blocks, in batches on the CPU, and how to call each block.
@@ -81,7 +86,7 @@ class Stream:
     journaled: bool = False
     generation: int = -1
     file: StreamFile | None = None
-    _held: list[Tensor] = field(default_factory=list)
+    _held: list[HostCopy] = field(default_factory=list)
     _next: StreamFile | None = None
     _shared: bool = False  # the file is another stream's
 
@@ -90,7 +95,7 @@ class Stream:
 
     def __getitem__(self, number: int) -> Tensor:
         if not self.store.on_disk:
-            return self._held[number]
+            return self._held[number].wait()
         assert self.file is not None
         return self.file.read(number)
 
@@ -109,13 +114,13 @@ class Stream:
 
     def replace(self, number: int, hidden_STD: Tensor) -> None:
         """Batch ``number`` of the next generation, which is the current one after its last."""
-        hidden_STD = hidden_STD.cpu()
+        copy = HostCopy(hidden_STD)  # nobody waits for a GPU here
         if number == 0 and (self.store.on_disk or self.journaled):
             self._next = self.store.file(self.name, self.generation + 1, self.journaled)
         if self._next is not None:
-            self.store.writer.submit(self._next.append, hidden_STD)
+            self.store.writer.submit(_append, self._next, copy)
         if not self.store.on_disk:
-            self._held[number : number + 1] = [hidden_STD]
+            self._held[number : number + 1] = [copy]
         if number + 1 == self.count:
             self._turn()
 
@@ -146,7 +151,7 @@ class Stream:
         """Go on from a file."""
         self.file, self.generation = file, generation
         if not self.store.on_disk:
-            self._held = [file.read(number).clone() for number in range(self.count)]
+            self._held = [HostCopy(file.read(number).clone()) for number in range(self.count)]
 
     def drop(self) -> None:
         """Nothing will be read any more."""

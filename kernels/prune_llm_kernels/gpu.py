@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 try:
-    import triton
-
-    from prune_llm_kernels import gpu_triton
+    from prune_llm_kernels import gpu_lists, gpu_triton
 except ImportError as error:
     raise ImportError(
         "the GPU kernels of prune_llm need triton; run `pip install triton`, or set"
@@ -32,6 +29,7 @@ except ImportError as error:
 
 from prune_llm_kernels import gpu_cuda, gpu_layout, reference
 from prune_llm_kernels.channel_weight import ChannelWeight
+from prune_llm_kernels.gpu_lists import many_rows, power
 from prune_llm_kernels.gpu_ops import CHUNK
 from prune_llm_kernels.plan import Gate
 from prune_llm_kernels.reference_plan import silu_mul
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from prune_llm_kernels.plan import Plan
 
 MAX_SIDE = 3  # products that are finished together
-MAX_ROWS = 16  # more rows are multiplied with the unpacked weight
 SUMMED_ROWS = 4  # up to so many rows the sums stay in threads; more go to the tensor cores
 DENSE_BLOCK = 512  # outputs of a program over a dense weight
 _WAVES = 4  # programs for each multiprocessor
@@ -52,6 +49,12 @@ unpack = reference.unpack
 dense_linear = reference.dense_linear
 unpack_channels = gpu_layout.unpack_channels
 channel_keep_mask = gpu_layout.channel_keep_mask
+MAX_ROWS = gpu_lists.MAX_ROWS
+ChannelList = gpu_lists.ChannelList
+empty_list = gpu_lists.empty_list
+list_channels = gpu_lists.list_channels
+native = gpu_lists.native
+check_device = gpu_lists.check_device
 
 
 def choose_tile(out_features: int) -> int:
@@ -64,91 +67,9 @@ def pack_channels(weight: PackedWeight, tile: int) -> ChannelWeight:
     return gpu_layout.pack_channels(weight, tile)
 
 
-@dataclass(frozen=True, slots=True)
-class ChannelList:
-    """The channels of x [B, I] that count, found on the device.
-
-    Attributes:
-        listed_CN: int32 [C, CHUNK], of each chunk the channels that any row counts, ascending, then
-            the last of them again. Of more than MAX_ROWS rows all are listed: hardly any channel
-            is left that none of them counts.
-        x_CBN: [C, B, CHUNK], their inputs; zero where a row does not count one, and behind them.
-        counts_C: int32 [C], their number.
-        in_features: I.
-    """
-
-    listed_CN: Tensor
-    x_CBN: Tensor
-    counts_C: Tensor
-    in_features: int
-
-
-def list_channels(
-    x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None, totals: Tensor | None = None
-) -> ChannelList:
-    """Which channels count: |x| * scale > threshold in float32; see reference.counting.
-
-    Args:
-        totals: int64 [3]; the numbers of channels, inputs and rows that count are added to it.
-    """
-    B, I = x_BI.shape
-    check_device(x_BI)
-    if B > MAX_ROWS:
-        return _list_all(x_BI, thresholds_B, scales_I)
-    channels = empty_list(x_BI, I)
-    gpu_triton.list_channels[(len(channels.counts_C),)](
-        x_BI,
-        thresholds_B,
-        thresholds_B if scales_I is None else scales_I,
-        channels.listed_CN,
-        channels.x_CBN,
-        channels.counts_C,
-        channels.counts_C if totals is None else totals,
-        B,
-        I,
-        B=_power(B),
-        CHUNK=CHUNK,
-        SCALED=scales_I is not None,
-        TOTAL=totals is not None,
-    )
-    return channels
-
-
-def _list_all(x_BI: Tensor, thresholds_B: Tensor, scales_I: Tensor | None) -> ChannelList:
-    """Every channel in its place, and zeros where a row does not count one."""
-    B, I = x_BI.shape
-    chunks = -(-I // CHUNK)
-    counted_BI = reference.counting(x_BI, thresholds_B, scales_I)
-    kept_BI = F.pad(torch.where(counted_BI, x_BI, 0), (0, chunks * CHUNK - I))
-    channel_I = torch.arange(chunks * CHUNK, dtype=torch.int32, device=x_BI.device)
-    return ChannelList(
-        channel_I.clamp(max=I - 1).view(chunks, CHUNK),
-        kept_BI.view(B, chunks, CHUNK).transpose(0, 1).contiguous(),
-        (I - channel_I[::CHUNK]).clamp(max=CHUNK),
-        I,
-    )
-
-
-def _many_rows(channels: ChannelList) -> Tensor | None:
-    """The inputs [B, I] of a list of more rows than kernels take; None: they take them."""
-    x_CBN = channels.x_CBN
-    rows = x_CBN.shape[1]
-    if rows <= MAX_ROWS:
-        return None
-    return x_CBN.transpose(0, 1).reshape(rows, -1)[:, : channels.in_features].contiguous()
-
-
-def empty_list(like_B: Tensor, in_features: int) -> ChannelList:
-    """Memory for a list of as many rows."""
-    B, chunks = like_B.shape[0], -(-in_features // CHUNK)
-    listed_CN = like_B.new_empty(chunks, CHUNK, dtype=torch.int32)
-    counts_C = like_B.new_empty(chunks, dtype=torch.int32)
-    return ChannelList(listed_CN, like_B.new_empty(chunks, B, CHUNK), counts_C, in_features)
-
-
 def listed_linear(channels: ChannelList, weight: ChannelWeight, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias over the listed channels, [B, O]."""
-    x_BI = _many_rows(channels)
+    x_BI = many_rows(channels)
     if x_BI is not None:
         return F.linear(x_BI, _dense(weight), bias)
     partials_SBO = _partials(channels.x_CBN, channels, weight)
@@ -168,7 +89,7 @@ def listed_swiglu(
         stacked: W1 above W2, [2 O, I]; see gpu_layout.stack_rows.
         bias: of both, [2 O].
     """
-    x_BI = _many_rows(channels)
+    x_BI = many_rows(channels)
     if x_BI is not None:
         halves = F.linear(x_BI, _dense(stacked), bias).float().chunk(2, dim=-1)
         product_BO = silu_mul(*halves).to(stacked.dtype)
@@ -219,7 +140,7 @@ def finish_linears(
         wide,
         *firsts[1:],
         splits,
-        B=_power(B),
+        B=power(B),
         CHUNK=CHUNK,
         BIASED=bool(given),
         ADD=accumulate,
@@ -252,7 +173,7 @@ def finish_swiglu(
         B,
         wide // 2,
         splits,
-        B=_power(B),
+        B=power(B),
         CHUNK=CHUNK,
         BIASED=biases is not None,
         SCALED=scales is not None,
@@ -334,7 +255,7 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
         return partials_SBO
     stored = weight.data, weight.data.view(torch.int32), weight.starts
     if _in_cuda(x, rows, weight, channels is not None):
-        function = gpu_cuda.kernel(x.device, x.dtype, _power(rows), block, channels is not None)
+        function = gpu_cuda.kernel(x.device, x.dtype, power(rows), block, channels is not None)
         tensors = (x, *lists, weight.data, weight.starts, partials_SBO)
         gpu_cuda.launch(function, grid, tensors, ends)
         return partials_SBO
@@ -377,14 +298,14 @@ def load_code(dtype: torch.dtype, block: int) -> str | None:
 def packed_config(rows: int, block: int) -> dict[str, int]:
     """How a packed kernel is compiled for so many rows."""
     summed = rows <= SUMMED_ROWS
-    B = _power(rows) if summed else MAX_ROWS
+    B = power(rows) if summed else MAX_ROWS
     step = 8 if summed else 16  # 16: what a matrix instruction multiplies at least
     return {"B": B, "STEP": step, "num_warps": block // 128}  # a nibble for every thread
 
 
 def dense_config(rows: int) -> dict[str, int]:
     """How the dense kernel is compiled for so many rows."""
-    B = _power(rows)
+    B = power(rows)
     return {"B": B, "STEP": 16 if B == 1 else 8, "num_warps": 4}
 
 
@@ -407,19 +328,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def native() -> bool:
-    """Kernels are compiled, not interpreted on the CPU."""
-    return isinstance(gpu_triton.packed_linear, triton.runtime.JITFunction)
-
-
-def check_device(x: Tensor) -> None:
-    """Raise ValueError where a kernel cannot run."""
-    if native() and x.device.type != "cuda":
-        raise ValueError(f"x is on {x.device}; the GPU kernels run on CUDA devices")
-
-
-def _power(rows: int) -> int:
-    """Rounded up to a power of two."""
-    return 1 << (rows - 1).bit_length()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prune_llm_kernels import gpu_step
 from prune_llm_kernels.channel_weight import ChannelWeight
+from prune_llm_kernels.gpu_graph import Recorded
 from prune_llm_kernels.gpu_linears import Input, Linears, SwiGLU, parts
 from prune_llm_kernels.plan import (
     AnyWeight,
@@ -42,7 +43,7 @@ class GpuPlan:
         self._steps: list[AttentionStep] = []
         self._fewest: int | None = None  # rows of the smallest buffer
         self._device = torch.device("cpu")
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: has run once
+        self._recorded: dict[int, Recorded] = {}
 
     def linears(
         self,
@@ -88,7 +89,7 @@ class GpuPlan:
             outs = [part.out_BO for part in last.parts]
             if len(outs) == 2 and outs[0] is gate_BI and outs[1] is up_BI:
                 self._operations[-1] = SwiGLU(last, out_BI)
-                self._graphs.clear()
+                self._recorded.clear()
                 return
         self._add(gate_BI, lambda n: gpu_step.silu_mul(gate_BI[:n], up_BI[:n], out_BI[:n]))
 
@@ -102,7 +103,7 @@ class GpuPlan:
         self._fewest = rows if self._fewest is None else min(self._fewest, rows)
         self._device = buffer_B.device
         self._operations.append(operation)
-        self._graphs.clear()
+        self._recorded.clear()
 
     def run(self, rows: int | None = None) -> None:
         """As Plan.run. On a GPU positions and pages are not checked: that would wait for it.
@@ -115,23 +116,11 @@ class GpuPlan:
         if self._device.type != "cuda":
             for step in self._steps:
                 check_places(step, count)
-            self._replay(count)
-        elif count not in self._graphs:
-            self._replay(count)
-            self._graphs[count] = None
-        else:
-            self._graph(count).replay()
+        if count not in self._recorded:
+            self._recorded[count] = Recorded(partial(self.replay, count), self._device)
+        self._recorded[count]()
 
-    def _replay(self, rows: int) -> None:
-        with torch.no_grad():
-            for operation in self._operations:
-                operation(rows)
-
-    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        found = self._graphs[rows]
-        if found is None:
-            found = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(found):
-                self._replay(rows)
-            self._graphs[rows] = found
-        return found
+    def replay(self, rows: int) -> None:
+        """As DevicePlan.replay."""
+        for operation in self._operations:
+            operation(rows)

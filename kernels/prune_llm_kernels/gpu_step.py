@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prune_llm_kernels import gpu, gpu_triton_step
+from prune_llm_kernels.gpu_lists import power
 from prune_llm_kernels.kv_cache import LANES
 from prune_llm_kernels.plan import AttentionStep
 
@@ -121,13 +122,13 @@ def _rotate_and_store(step: AttentionStep, rows: int) -> None:
 
 def norm_config(columns: int) -> dict[str, int]:
     """How the norm of so many columns is compiled: 16 elements a thread, where warps suffice."""
-    block = _power(columns)
+    block = power(columns)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 def rotation_config(size: int, rotated: int) -> dict[str, int]:
     """How the rotation is compiled for a head size, ``rotated`` of its elements turning."""
-    sizes = {"SIZE": size, "HALF": rotated // 2, "HEAD": _power(size)}
+    sizes = {"SIZE": size, "HALF": rotated // 2, "HEAD": power(size)}
     return {**sizes, "LANES": LANES, "num_warps": 1}
 
 
@@ -137,14 +138,14 @@ def attention_config(group: int, size: int) -> dict[str, int]:
     A program of one warp needs no exchange between warps; so many heads of a group share a read
     that their queries and sums fit its registers, more are read for again, from the L2 cache.
     """
-    head = _power(size)
+    head = power(size)
     shared = min(group, max(_HELD // head, 1), _MOST_QUERIES)
     return {"SIZE": size, "HEAD": head, "GROUP": shared, "LANES": LANES, "num_warps": 1}
 
 
 def combine_config(splits: int, size: int) -> dict[str, int]:
     """How the sum of so many splits is compiled for a head size."""
-    sizes = {"SIZE": size, "SPLITS": _power(splits), "SLICE": _SLICE}
+    sizes = {"SIZE": size, "SPLITS": power(splits), "SLICE": _SLICE}
     return {**sizes, "LANES": LANES, "num_warps": 4}
 
 
@@ -156,8 +157,3 @@ def splits_for(programs: int, blocks: int, processors: int) -> int:
     """
     wanted = -(-_WAVES * processors // programs)
     return max(1, min(wanted, blocks, MOST_SPLITS))
-
-
-def _power(n: int) -> int:
-    """Rounded up to a power of two."""
-    return 1 << (n - 1).bit_length()

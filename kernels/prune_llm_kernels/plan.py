@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -119,6 +119,14 @@ class Plan(Protocol):
             ValueError: a position or page is outside the cache, or a buffer has fewer rows; nothing
                 was run.
         """
+
+
+@runtime_checkable
+class DevicePlan(Plan, Protocol):
+    """A plan whose operations a graph of the caller's can hold: they wait for nothing."""
+
+    def replay(self, rows: int) -> None:
+        """One operation after the other; ``rows`` as in `run`, and checked by nobody."""
 
 
 def new_plan(device_type: str, dtype: torch.dtype) -> Plan:

@@ -6,23 +6,26 @@ differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import PROMPT, add_levels, llama_config, save_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from values_read import ValuesRead
 
 import prune_llm
-from prune_llm import PruneConfig, prune
+from prune_llm import PruneConfig, generate, prune, stream
 from prune_llm.batching import Batcher
 from prune_llm.channel_linear import ChannelLinear, packed_linears, use_channels
 from prune_llm.decoder import PlanDecoder, new_decoder, recordable, use_device_order
+from prune_llm.device_sampling import DeviceSampler, Needs
+from prune_llm.generation import decode
 from prune_llm.plan_runner import PlanRunner, padded
 from prune_llm.runners import new_runner, token_bytes
-from prune_llm.sampling import SamplingParams
+from prune_llm.running_ahead import RunningAhead
+from prune_llm.sampling import Sampler, SamplingParams
 from prune_llm.segments import BatchLimits, Segment
 from prune_llm.sequences import SequenceRequest
 from prune_llm_kernels import gpu
@@ -74,7 +77,7 @@ def test_the_step_is_that_of_the_cpu(
     assert recordable(model) is None  # at the level "dense" its plan does what transformers does
     found, decoder = decoded(model, level)
     assert isinstance(decoder, PlanDecoder)
-    assert isinstance(decoder._recording.blocks.plan, GpuPlan)
+    assert isinstance(decoder.whole_step.blocks.plan, GpuPlan)
     for one, other in zip(found, expected, strict=True):
         assert int(one.argmax()) == int(other.argmax())
         assert torch.allclose(one.float(), other.float(), atol=2e-3 * float(other.std()))
@@ -86,22 +89,35 @@ def test_the_step_is_that_of_the_cpu(
 LIMITS = BatchLimits(max_rows=5, chunk_tokens=24, cache_bytes=2**20, page_size=16)
 
 
-def requests(levels: tuple[str, ...]) -> list[SequenceRequest]:
+GREEDY = ({},) * 4
+# one row beside the other: greedy, drawn, filtered, penalised
+MIXED = (
+    {},
+    {"temperature": 0.9, "seed": 3},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 4},
+    {"temperature": 1.1, "repetition_penalty": 1.3, "presence_penalty": 0.5, "seed": 5,
+     "logit_bias": {7: 4.0}},
+)  # fmt: skip
+
+
+def requests(levels: tuple[str, ...], asked: Sequence[dict[str, Any]]) -> list[SequenceRequest]:
     """Prompts longer and shorter than a step's, so that they run beside answers."""
     prompts = [PROMPT, PROMPT[:3], PROMPT[5:9], PROMPT[::-1]]
     return [
         SequenceRequest(
-            str(place), tuple(ids), SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+            str(place), tuple(ids), SamplingParams(max_tokens=4, ignore_eos=True, **changes),
             levels[place % len(levels)],
         )
-        for place, ids in enumerate(prompts)
+        for place, (ids, changes) in enumerate(zip(prompts, asked, strict=True))
     ]  # fmt: skip
 
 
-def answers(runner: Any) -> tuple[dict[str, list[int]], dict[str, float | None]]:
-    """Greedy tokens of each sequence, and the active share of each."""
+def answers(
+    runner: Any, asked: Sequence[dict[str, Any]] = GREEDY
+) -> tuple[dict[str, list[int]], dict[str, float | None]]:
+    """Tokens of each sequence, and the active share of each."""
     batcher = Batcher(runner)
-    for request in requests(runner.levels):
+    for request in requests(runner.levels, asked):
         batcher.add(request)
     tokens: dict[str, list[int]] = {}
     shares: dict[str, float | None] = {}
@@ -148,6 +164,137 @@ def test_batches_are_those_of_the_cpu(
         assert shares[name] == (None if share is None else pytest.approx(share, abs=0.02))
 
 
+def test_tokens_are_drawn_where_the_logits_are(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """By seeds, penalties and filters as on the CPU; no logits come to the host."""
+    expected, _ = answers(new_runner(prune_llm.load(packed), LIMITS), MIXED)
+    request.getfixturevalue("on_gpu")
+    runner = gpu_runner(packed, monkeypatch, levels=False)
+    looked_at: list[object] = []
+    monkeypatch.setattr("prune_llm.batching._largest", looked_at.append)
+    monkeypatch.setattr(Sampler, "__call__", lambda sampler, logits_V: looked_at.append(logits_V))
+    found, _ = answers(runner, MIXED)
+    assert found == expected and looked_at == []
+
+
+def test_scored_tokens_are_drawn_on_the_host(
+    packed: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities need the logits there: beside others whose tokens are drawn on the GPU."""
+    runner = gpu_runner(packed, monkeypatch, levels=False)
+    batcher = Batcher(runner)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    for name, logprobs in (("scored", 2), ("plain", None)):
+        batcher.add(SequenceRequest(name, tuple(PROMPT[:5]), params, "dense", logprobs))
+    tokens: dict[str, list[int | None]] = {"scored": [], "plain": []}
+    while not batcher.idle:
+        for event in batcher.step():
+            tokens[event.id].append(event.token)
+            assert (event.score is None) == (event.id == "plain")
+    assert tokens["scored"] == tokens["plain"] and len(tokens["plain"]) == 3
+
+
+def test_logits_that_are_no_numbers_end_their_own_request(
+    packed: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = gpu_runner(packed, monkeypatch, levels=False)
+    real = DeviceSampler.draw
+
+    def draw(self: DeviceSampler, logits_BV: torch.Tensor, needs: Needs) -> None:
+        logits_BV[1:] = torch.nan
+        real(self, logits_BV, needs)
+
+    monkeypatch.setattr(DeviceSampler, "draw", draw)
+    batcher = Batcher(runner)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    batcher.add(SequenceRequest("good", (7, 8), params, "dense"))
+    batcher.add(SequenceRequest("bad", (7, 9), params, "dense"))
+    events = [event for _ in range(2) for event in batcher.step()]
+    assert [event.error is None for event in events if event.id == "good"] == [True, True]
+    (bad,) = [event for event in events if event.id == "bad"]
+    assert bad.token is None and "not numbers" in (bad.error or "")
+    assert batcher.idle
+
+
+# -- one sequence, steps ahead of its tokens --------------------------------------------------
+
+
+@pytest.fixture
+def ahead(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Answers are run ahead, as on CUDA; which steps were launched."""
+    steps: list[int] = []
+    real = RunningAhead._launch
+
+    def launch(self: RunningAhead, place: int, logits_V: torch.Tensor) -> None:
+        with ValuesRead() as read:
+            real(self, place, logits_V)
+        assert read.ops == []  # the device is not waited for
+        steps.append(place)
+
+    monkeypatch.setattr(RunningAhead, "_launch", launch)
+    for module in ("running_ahead", "generation"):
+        monkeypatch.setattr(
+            f"prune_llm.{module}.runs_ahead", lambda decoder: isinstance(decoder, PlanDecoder)
+        )
+    return steps
+
+
+def on_device(packed: Path) -> Any:
+    model = prune_llm.load(packed)
+    use_channels(model, packed_linears(model))
+    return model
+
+
+@pytest.mark.parametrize("changes", MIXED, ids=["greedy", "drawn", "filtered", "penalised"])
+def test_running_ahead_gives_the_tokens_of_the_cpu(
+    packed: Path, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    asked: dict[str, Any] = {"max_tokens": 5, "ignore_eos": True, **changes}
+    expected = generate(prune_llm.load(packed), PROMPT[:6], tokenizer=Letters(), **asked)
+    steps = request.getfixturevalue("ahead")
+    found = generate(on_device(packed), PROMPT[:6], tokenizer=Letters(), **asked)
+    assert found.token_ids == expected.token_ids and found.text == expected.text
+    assert found.finish_reason == "length" and steps == [0, 1, 2, 3, 4]
+
+
+def test_what_was_launched_behind_the_end_is_thrown_away(packed: Path, ahead: list[int]) -> None:
+    model = on_device(packed)
+    whole = generate(model, PROMPT[:6], tokenizer=Letters(), max_tokens=9, ignore_eos=True)
+    ahead.clear()
+    launched = []
+    decoder = new_decoder(model, 64)
+    ends = frozenset([whole.token_ids[1]])
+    found = []
+    for piece in decode(decoder, PROMPT[:6], SamplingParams(max_tokens=9), Letters(), ends):
+        launched.append(len(ahead))
+        found.append(piece.generation)
+    assert found[-1].token_ids == whole.token_ids[:2] and found[-1].finish_reason == "stop"
+    assert launched == [3, 4]  # two behind the token that is read
+    # the decoder goes on behind what was kept
+    decoder.step(whole.token_ids[1])
+    assert int(decoder.step(whole.token_ids[2]).argmax()) == whole.token_ids[3]
+
+
+def test_statistics_are_counted_at_the_end(packed: Path, ahead: list[int]) -> None:
+    model = on_device(packed)
+    level = add_levels(model).levels[-1].name
+    pieces = list(stream(model, PROMPT[:6], tokenizer=Letters(), max_tokens=3, level=level))
+    *before, last = [piece.generation.statistics for piece in pieces]
+    assert [found.active for found in before] == [None] * len(before)
+    assert last.active is not None and 0.2 < last.active < 0.9 and last.level == level
+
+
+class Letters:
+    """A tokenizer that writes every token as a letter."""
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
 def test_rows_of_a_step_come_in_few_numbers() -> None:
     found = [padded(n, 200) for n in range(1, 201)]
     assert all(n <= rows for n, rows in enumerate(found, start=1))
@@ -168,21 +315,7 @@ def test_a_step_waits_for_the_device_once(
     assert read.ops == []
     active, none = ran.active
     assert active is not None and 0.2 < active < 0.9 and none is None
-
-
-class ValuesRead(TorchDispatchMode):
-    """Records the operations that a GPU's host would wait for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.ops.append(str(func))
-        return func(*args, **(kwargs or {}))
+    assert ran.tokens_W is None  # nobody asked for any
 
 
 def test_on_a_gpu_packed_weights_are_converted_first(

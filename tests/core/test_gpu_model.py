@@ -77,7 +77,7 @@ def logits(model: Any, level: str, ways: list[dict[str, Any]]) -> tuple[torch.Te
 
 
 def operations(decoder: PlanDecoder, kind: type) -> list[Any]:
-    plan: Any = decoder._recording.blocks.plan
+    plan: Any = decoder.whole_step.blocks.plan
     return [found for found in plan._operations if isinstance(found, kind)]
 
 

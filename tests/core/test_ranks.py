@@ -241,6 +241,16 @@ def test_the_command_refuses_a_search_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize("command", ["sparsify", "compare", "sweep", "eval", "serve"])
+def test_commands_that_share_no_work_are_refused(
+    command: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    """Before they look at anything: each process would do all of it, and write to one place."""
+    done = cli(command, tmp_path / "nothing")
+    assert done.exit_code == 2 and re.search(one_line(command), done.stderr.strip())
+
+
 def one_line(what: str) -> str:
     """The message for what runs in one process, where three were started."""
     fix = "start it without torchrun or accelerate launch"

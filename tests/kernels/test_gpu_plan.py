@@ -131,7 +131,7 @@ def test_the_second_run_of_as_many_rows_records_a_graph(monkeypatch: pytest.Monk
         plan.run(rows)
     # compiled by a run, recorded by the next, then only replayed
     assert calls == [(2, False), (2, True), (4, False), (4, True)]
-    graphs = plan._graphs[2], plan._graphs[4]
+    graphs = [plan._recorded[rows]._graph for rows in (2, 4)]
     assert [graph.replays for graph in graphs if isinstance(graph, Graph)] == [3, 1]
 
 

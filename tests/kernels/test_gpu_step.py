@@ -231,7 +231,7 @@ def test_launches_between_the_linears_of_a_block(monkeypatch: pytest.MonkeyPatch
     plan.rms_norm(x, torch.ones(64), 1e-5, normed)
     plan.silu_mul(gate, up, gate)
     with Launches(monkeypatch, gpu_triton_step) as launches:
-        plan._replay(1)
+        plan.replay(1)
     attention = ["rotate_and_store", "attend", "combine"]
     found = [name for name in launches.names if name != "fill_"]  # poisoned scratch memory
     assert found == ["rms_norm", *attention, "rms_norm", "silu_mul"]
