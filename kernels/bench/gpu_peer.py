@@ -71,6 +71,13 @@ class Peer(nn.Module):
         ]
         return self
 
+    def in_channel_order(self) -> Peer:
+        """This one, with its matrices laid out as our plan has dense ones: other sums."""
+        for weight in self.parameters():
+            if weight.ndim == 2:
+                weight.data = weight.data.T.contiguous().T
+        return self
+
     def forward(self, x_BI: Tensor) -> Tensor:
         """Logits [B, V]."""
         for block in range(self.sizes.layers):

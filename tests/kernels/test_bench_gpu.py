@@ -377,7 +377,7 @@ def test_everything_of_a_step_is_made_on_the_gpu(
     launches = importlib.import_module("gpu_launches")
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(gpu, "implementation", lambda device: "triton")
-    monkeypatch.setattr(GpuPlan, "run", lambda plan: plan._replay(1))  # positions are not read
+    monkeypatch.setattr(GpuPlan, "run", lambda plan: plan.replay(1))  # positions are not read
     monkeypatch.setattr(gpu_layout, "joined", lambda weights: None)  # asks for addresses
     sizes, setting = bench.gpu_run.DRY.sizes, replace(bench.gpu_run.DRY, device="meta", searched=1)
     with torch.no_grad():
