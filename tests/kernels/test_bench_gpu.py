@@ -225,12 +225,6 @@ def test_a_wrong_kernel_stops_the_run_before_anything_is_timed(
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == []
 
 
-def test_steps_hold_for_any_seed(bench: SimpleNamespace) -> None:
-    """An input beside its threshold must not look like a wrong kernel."""
-    for case in bench.gpu_checks.STEPS:
-        bench.gpu_checks.check_step(case, bench.gpu_run.DRY)
-
-
 def linear(bench: SimpleNamespace, run: Any) -> Any:
     return bench.gpu_products.Linear(run, "o", (32, 64), 1, 1e9)
 
@@ -351,7 +345,7 @@ def test_what_only_a_gpu_runs(bench: SimpleNamespace, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "Stream", Event)
     for name in ("graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    run = new_run(bench, contexts=(16,), steps=(("W50A50", "wanda"),))
+    run = new_run(bench, contexts=(16,), steps=(("A50", "wanda"),))
     with run.section("products"):
         linear(bench, run).bench(("W50", "random"))
     # four copies exceed 16 KiB, twice makes at least 7 calls; 2 replays, and 3 before
@@ -365,7 +359,7 @@ def test_what_only_a_gpu_runs(bench: SimpleNamespace, monkeypatch: pytest.Monkey
         bench.gpu_steps.bench_steps(run, 1e9, baselines)
     assert not run.left_out
     names = [row["case"] for row in run.rows if row["kind"] == "step"]
-    assert names == ["dense", "dense, compiled by torch", "W50A50"]
+    assert names == ["dense", "dense, compiled by torch", "A50"]
     assert run.rows[-1]["us_p10"] < run.rows[-1]["us_p90"]
 
 
