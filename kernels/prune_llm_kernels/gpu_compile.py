@@ -170,13 +170,18 @@ def inner_loops(lines: list[str]) -> Iterator[list[str]]:
             yield [line for line in lines[start : end + 1] if line.startswith("/*")]
 
 
-def instructions(lines: list[str], load: str) -> float:
-    """Instructions for each ``load``, one a weight, of the smallest loop with most of them."""
+def main_loop(lines: list[str], load: str) -> list[str]:
+    """The instructions of the smallest loop that has most of the ``load``."""
     spans = [[line for line in lines[s : e + 1] if line.startswith("/*")] for s, e in loops(lines)]
     most = max(sum(load in line for line in span) for span in spans)
     holding = [span for span in spans if 2 * sum(load in line for line in span) > most]
-    smallest = min(holding, key=len)
-    return len(smallest) / sum(load in line for line in smallest)
+    return min(holding, key=len)
+
+
+def instructions(lines: list[str], load: str) -> float:
+    """Instructions of the main loop for each ``load``, one a weight."""
+    loop = main_loop(lines, load)
+    return len(loop) / sum(load in line for line in loop)
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:
