@@ -112,8 +112,8 @@ class Product:
         return max(self.bounds(device, reached).values()) + self.latency
 
     def finish(self, device: Device) -> float:
-        """Seconds of the kernel that adds the splits: four reads at a time, then the next four."""
-        waiting = -(-(self.splits - 1) // 4) * device.cache
+        """Seconds of the kernel that adds the splits: eight reads at a time, then the next."""
+        waiting = -(-(self.splits - 1) // 8) * device.cache
         return device.small + max(waiting, self.splits * self.outputs * 4 / device.cache_bandwidth)
 
     def seconds(self, device: Device, reached: Reached) -> float:

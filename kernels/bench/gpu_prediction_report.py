@@ -37,7 +37,7 @@ CHANGES = (
     "as it is",
     "the best grid for each shape",
     "and no launch for lists, gaps of 0.3 us",
-    "and 8.0 instructions a position",
+    "and 6.0 instructions a position",
 )
 DIAGONAL = {2: 7.1, 4: 7.3, 8: 8.0}  # instructions of the notes' tensor core kernel, section 4
 
@@ -188,7 +188,7 @@ def _next_rows(
             changed, quick = improved(changed, listed=False), replace(device, gap=DEPENDENT)
             launches = tuple(n for n in launches[0] if n != "list_channels"), launches[1]
         elif change == CHANGES[3] and pruned:
-            counts = replace(products["o"].counts, instructions=8.0)
+            counts = replace(products["o"].counts, instructions=6.0)
             changed = improved(changed, counts=counts)
         ours = step(changed, launches, CONTEXTS[0], quick, LIKELY)
         gain = dense / _block_seconds(changed, quick, LIKELY)

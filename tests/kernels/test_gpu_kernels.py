@@ -217,3 +217,12 @@ def test_splits_cover_the_chunks(blocks: int, chunks: int, processors: int) -> N
     splits = -(-chunks // each)
     assert 1 <= each <= chunks and (splits - 1) * each < chunks
     assert splits == chunks or blocks * splits >= 2 * processors
+
+
+def test_splits_leave_no_multiprocessor_much_more_than_the_others() -> None:
+    """The products of an 8B block on 132 multiprocessors: mean over most of the chunks read."""
+    for blocks, chunks in ((12, 32), (8, 32), (56, 32), (8, 112), (251, 32)):
+        each = gpu.chunks_per_split(blocks, chunks, 132)
+        programs = blocks * -(-chunks // each)
+        busiest = -(-programs // 132) * each
+        assert blocks * chunks / 132 / busiest > 0.95

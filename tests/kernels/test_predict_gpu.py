@@ -55,10 +55,11 @@ def test_a_product_is_its_slowest_resource_and_what_nothing_hides(model: ModuleT
         {"bytes": 1.0, "instructions": 25.0, "shared memory": 3.125}
     )
     assert one.stream(device, reached) == pytest.approx(25.0 + 4.0)
-    # five reads behind the first, four at a time: two waits of 0.5
-    assert one.finish(device) == pytest.approx(1.0 + 1.0)
+    # nine reads behind the first, eight at a time: two waits of 0.5
+    assert model.improved({"a": one}, splits=10)["a"].finish(device) == pytest.approx(1.0 + 1.0)
+    assert one.finish(device) == pytest.approx(1.0 + 0.6)  # 24 bytes of the cache take longer
     # the list with its gap, and two more gaps
-    assert one.seconds(device, reached) == pytest.approx(3.0 + 4.0 + 29.0 + 2.0)
+    assert one.seconds(device, reached) == pytest.approx(3.0 + 4.0 + 29.0 + 1.6)
     # 6 splits of 100 sums of 4 bytes take 60 seconds of the cache
     wide = model.improved({"a": one}, outputs=100)["a"]
     assert wide.finish(device) == pytest.approx(1.0 + 60.0)
@@ -78,9 +79,10 @@ def test_a_step_is_its_gaps_its_small_kernels_and_its_products(model: ModuleType
 def test_programs_are_dealt_to_the_least_busy(model: ModuleType) -> None:
     assert model.dealt([1] * 448, 132) == pytest.approx(448 / 132 / 4)
     assert model.dealt([3, 1, 1, 1], 2) == 1.0
-    # gate+up: 56 blocks, 32 chunks, 4 of them a program
+    # gate+up: 56 blocks, 32 chunks, 2 of them a program
     device = model.Device()
-    assert model.chunks_each(28672, 4096, device) == 4
+    assert model.chunks_each(28672, 4096, device) == 2
+    assert model.balance(28672, 4096, 2, device) == pytest.approx(896 / 132 / 7)
     assert model.balance(28672, 4096, 4, device) == pytest.approx(448 / 132 / 4)
 
 
