@@ -27,9 +27,19 @@ from prune_llm import architecture as arch
 from prune_llm.block import STATISTICS_BYTES
 from prune_llm.masks import Pattern
 from prune_llm.memory import available_memory
+from prune_llm.methods import METHODS, SolvesTogether
 from prune_llm.report import resident_memory
 from prune_llm.residence import expert_weights
-from prune_llm.solver_copies import AIMED, FACTORING, GROUPS, NOTHING, REFINED, UNSTRUCTURED
+from prune_llm.solver_copies import (
+    AIMED,
+    FACTORING,
+    GROUPS,
+    NOTHING,
+    REFINED,
+    TOGETHER_BYTES,
+    UNSTRUCTURED,
+    together_bytes,
+)  # fmt: skip
 from prune_llm.statistics import Needs
 from prune_llm.windows import needs, surveys
 from prune_llm_kernels.wide_products import SLICE_BYTES, slow_dtypes
@@ -240,8 +250,17 @@ class _Shapes:
             if self.staged:
                 aimed = AIMED.grams * gram + AIMED.site * site + AIMED.linear * one
                 taken = max(taken + site, aimed)
-            solving = max(solving, grams + int(site + taken))
+            solving = max(solving, grams + int(site + taken), grams + self._together(sites[number]))
         return solving
+
+    def _together(self, site: tuple[int, list[int]]) -> int:
+        """Where sites like this one are solved at once."""
+        method = METHODS[self.job.config.method]
+        if not (self.job.solves_together and isinstance(method, SolvesTogether)):
+            return 0
+        sites = list(self._sites())
+        together = sum(together_bytes(width, sum(sizes)) for width, sizes in sites)
+        return min(TOGETHER_BYTES, together) if sites.count(site) > 1 else 0
 
     def _sites(self) -> Iterator[tuple[int, list[int]]]:
         """Width and sizes of the linears of each site: those of one module that read as much, but

@@ -111,6 +111,12 @@ class Job:
         job.warnings += arch.unused_warnings(architecture, checkpoint.tensors)
         return job
 
+    @property
+    def solves_together(self) -> bool:
+        """Whether experts are solved at once, where the method can: one keeps a GPU busy for a
+        fraction. With a dense target a site is measured behind those before it."""
+        return self.device.type == "cuda" and self.config.target == "pruned"
+
     def walk(self, survey: bool = False) -> Walk:
         """Over the blocks as they are pruned; for a survey, over the dense model."""
         samples_ST = self.calibration.samples_ST if self.calibration is not None else None

@@ -48,3 +48,16 @@ REFINED = {
     "backsolve": Copies(2.8, 4.0, 5.0),
     "both": Copies(5.0, 5.0, 20.0),
 }
+
+# that sites solved together may take; SparseGPT then holds Gram matrices, damped copies, their
+# factors and inverses, and weights as they came, columns, results and errors
+TOGETHER_BYTES = 2**31
+
+
+def together_bytes(width: int, weights: int) -> int:
+    """What one of several sites takes that are solved together.
+
+    Args:
+        width: input features. weights: of all its linears.
+    """
+    return 4 * (4 * width**2 + 5 * weights)

@@ -9,6 +9,7 @@ from prune_llm.methods.magnitude import Magnitude
 from prune_llm.methods.problem import Method as Method
 from prune_llm.methods.problem import Problem as Problem
 from prune_llm.methods.problem import Solution as Solution
+from prune_llm.methods.problem import SolvesTogether as SolvesTogether
 from prune_llm.methods.random import Random
 from prune_llm.methods.ria import Ria
 from prune_llm.methods.sparsegpt import SparseGPT

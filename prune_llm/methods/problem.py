@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -62,3 +63,10 @@ class Method(Protocol):
         """What an unstructured pattern compares; None: the method has its own rule."""
 
     def solve(self, problem: Problem) -> list[Solution]: ...
+
+
+@runtime_checkable
+class SolvesTogether(Method, Protocol):
+    """A method that can take sites of one shape at once."""
+
+    def solve_together(self, problems: Sequence[Problem]) -> list[list[Solution]]: ...

@@ -29,6 +29,8 @@ from prune_llm.blocks import Walk
 from prune_llm.checkpoint import open_checkpoint
 from prune_llm.convert import export, info
 from prune_llm.experts import without_index
+from prune_llm.job import Job
+from prune_llm.methods.sparsegpt import SparseGPT
 from prune_llm.report import PruneReport
 from prune_llm.sparse_checkpoint import open_sparse
 from prune_llm.sparse_experts import packed_weights
@@ -274,6 +276,32 @@ def test_the_packed_form_is_the_dense_one(
     model = prune_llm.load(run.sparse)
     exact = 2e-2 if FAMILIES[name].dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(logits(model), expected_logits, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_solved_together(
+    name: str, pruned: Any, saved: Any, corpus: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As on a GPU: the same weights but for rounding, with the same counts and names."""
+    alone = pruned(name, "sparsegpt")
+    together: list[int] = []
+    real = SparseGPT.solve_together
+
+    def noted(self: SparseGPT, problems: Any) -> Any:
+        together.append(len(problems))
+        return real(self, problems)
+
+    monkeypatch.setattr(SparseGPT, "solve_together", noted)
+    monkeypatch.setattr(Job, "solves_together", True)
+    shared = {**SETTINGS, "method": "sparsegpt", "pattern": METHODS["sparsegpt"]}
+    shared |= {"calibration": str(corpus), "ignore": FAMILIES[name].ignore}
+    report = prune(saved(name), PruneConfig(**shared, format="dense"), tmp_path / "out")
+    assert together and max(together) > 1
+    ours, theirs = ({r.tensor: r for r in found.linears} for found in (report, alone.report))
+    assert ours.keys() == theirs.keys()
+    for tensor, result in ours.items():
+        assert (result.kept, result.method) == (theirs[tensor].kept, theirs[tensor].method)
+        assert result.error == pytest.approx(theirs[tensor].error, rel=0.05, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from families import FAMILIES
 
 from prune_llm import PruneConfig
 from prune_llm import architecture as arch
 from prune_llm.calibration import Calibration
-from prune_llm.checkpoint import Checkpoint, StoredTensor
-from prune_llm.footprint import Footprint, footprint
+from prune_llm.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from prune_llm.footprint import Footprint, _Shapes, footprint
 from prune_llm.job import Job
 
 GB = 10**9
@@ -47,13 +49,16 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def foreseen(jobs: dict[str, Any], size: str, method: str) -> Footprint:
+    return footprint(job_of(jobs, size, method))
+
+
+def job_of(jobs: dict[str, Any], size: str, method: str) -> Job:
     checkpoint, architecture = jobs[size]
     text = Calibration(torch.zeros(128, 2048, dtype=torch.int64), "none", 1, 128 * 2048)
     config = PruneConfig(method=method, activations="disk")
     device = torch.device("cuda")
     hashing = cast(Any, None)
-    job = Job(config, checkpoint, architecture, text, device, torch.bfloat16, None, hashing)
-    return footprint(job)
+    return Job(config, checkpoint, architecture, text, device, torch.bfloat16, None, hashing)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -78,3 +83,22 @@ def test_the_next_block_waits_in_pinned_memory(jobs: dict[str, Any]) -> None:
     found = foreseen(jobs, "70B", "wanda")
     block = 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192)
     assert found.on_disk and found.memory - found.held > 2 * block
+
+
+def test_experts_that_are_solved_together_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that one block's sites take, up to a bound, beside the Gram matrices still to come."""
+    directory = FAMILIES["mixtral"].save(tmp_path / "mixtral")
+    checkpoint = open_checkpoint(directory)
+    jobs = {"mixtral": (checkpoint, arch.build(directory, checkpoint.tensors))}
+    job = job_of(jobs, "mixtral", "sparsegpt")
+    d, f, kv = 32, 48, 16
+    expert = (4 * d * d + 5 * 2 * d * f) + (4 * f * f + 5 * f * d)
+    attention = (4 * d * d + 5 * (d * d + 2 * kv * d)) + (4 * d * d + 5 * d * d)
+    grams = 4 * (d * d + f * f) * 4  # when the first expert is solved
+    assert _Shapes(job).solving == grams + 4 * (attention + 4 * expert)
+    monkeypatch.setattr("prune_llm.footprint.TOGETHER_BYTES", 70_000)
+    assert _Shapes(job).solving == grams + 70_000
+    monkeypatch.setattr(Job, "solves_together", False)
+    assert _Shapes(job).solving < grams + 70_000

@@ -10,8 +10,8 @@ from random_layers import collect, correlated_inputs
 from torch import Tensor
 
 from prune_llm.masks import Pattern, check_keep_mask, spread
-from prune_llm.methods import METHODS, Problem
-from prune_llm.methods.sparsegpt import inverse_factor
+from prune_llm.methods import METHODS, Problem, SolvesTogether
+from prune_llm.methods.sparsegpt import inverse_factor, inverse_factors
 
 SHAPES = [(64, 172), (33, 300), (10, 128), (7, 5), (1, 1)]
 PATTERNS = ["0.5", "0.63", "2:4", "4:8", "1:3", "3:4"]
@@ -190,6 +190,52 @@ class TestInverseFactor:
         gram[0, 1] = gram[1, 0] = 1000.0
         with pytest.raises(ValueError, match="could not be factorised"):
             inverse_factor(gram, 0.01)
+
+
+@pytest.mark.parametrize("patterns", [("0.5", "0.5"), ("2:4", "0.6"), ("4:8", "4:8")], ids=str)
+def test_sites_of_one_shape_solved_together(patterns: tuple[str, str]) -> None:
+    """As each alone, but for sums in another order; one has dead inputs, one too few tokens."""
+    width, rows = 70, (24, 9)
+    inputs = [correlated_inputs(width) for _ in range(4)]
+    inputs[1][:, 5] = 0
+    inputs[2] = inputs[2][:3]
+    problems = [
+        Problem(
+            tuple(torch.randn(count, width) for count in rows),
+            tuple(Pattern.parse(text) for text in patterns),
+            collect(x_TI), 0.0 if place == 2 else 0.01, 32,
+        )
+        for place, x_TI in enumerate(inputs)
+    ]  # fmt: skip
+    method = METHODS["sparsegpt"]
+    assert isinstance(method, SolvesTogether)
+    for some in (problems[:2] + problems[3:], [problems[2]] * 2):
+        for problem, found in zip(some, method.solve_together(some), strict=True):
+            alone = method.solve(problem)
+            for place, (ours, other) in enumerate(zip(found, alone, strict=True)):
+                assert check_keep_mask(ours.keep_OI, problem.patterns[place], "matrix") is None
+                assert (ours.keep_OI != other.keep_OI).float().mean() < 0.01
+                assert not ours.weight_OI[~ours.keep_OI].any()
+                assert ours.notes == other.notes
+                error, expected = (
+                    problem.input_statistics()
+                    .relative_error(problem.weights_OI[place], one.weight_OI)
+                    .value
+                    for one in (ours, other)
+                )
+                assert error == pytest.approx(expected, rel=0.02, abs=1e-6)
+
+
+def test_what_fails_together_is_refused_as_alone() -> None:
+    grams = [torch.eye(4) for _ in range(3)]
+    assert [torch.equal(f.upper_II, inverse_factor(grams[0], 0.01).upper_II)
+            for f in inverse_factors(grams, 0.01)] == [True] * 3  # fmt: skip
+    grams[1][0, 1] = grams[1][1, 0] = 1000.0
+    with pytest.raises(ValueError, match="could not be factorised"):
+        inverse_factors(grams, 0.01)
+    grams[1] = torch.full((4, 4), torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        inverse_factors(grams, 0.01)
 
 
 def test_dead_inputs_go_first_within_the_count() -> None:
