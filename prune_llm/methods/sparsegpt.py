@@ -307,14 +307,18 @@ class _Block:
 
     def _columns(self, first: int, updated: Tensor, keep: Tensor) -> None:
         """Solve a strip of columns one by one; only errors of the strip itself are outstanding."""
-        columns = zip(updated.unbind(-2), keep.unbind(-2), strict=True)
-        for i, (w_O, keep_O) in enumerate(columns, first):
+        last = first + updated.shape[-2]
+        # views, all at once: taking them one by one costs more than small columns do
+        parts = (
+            updated, keep, ~keep, self.weight_BO[..., first:last, :],
+            self.error_BO[..., first:last, :], self.scale_B1[..., first:last, :],
+        )  # fmt: skip
+        columns = zip(*(part.unbind(-2) for part in parts), strict=True)
+        for i, (w_O, keep_O, drop_O, weight_O, error_O, scale_1) in enumerate(columns, first):
             if i > first:
                 w_O = self._taken_in(w_O, first, i)
-            scale_1 = self.upper_BB[..., i, i, None]
-            error_O = self.error_BO[..., i, :]
             torch.div(w_O, scale_1, out=error_O).masked_fill_(keep_O, 0.0)
-            self.weight_BO[..., i, :] = w_O.masked_fill(~keep_O, 0.0)
+            weight_O.copy_(w_O.masked_fill(drop_O, 0.0))
 
     def _taken_in(self, w_O: Tensor, first: int, i: int) -> Tensor:
         """Column i with the errors of the strip's columns before it taken in."""
