@@ -277,6 +277,7 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
 def _in_cuda(x: Tensor, rows: int, weight: ChannelWeight, listed: bool) -> bool:
     """Whether the CUDA kernel multiplies instead of Triton's."""
     supported = gpu_cuda.supports(x.dtype, rows, weight.in_features, listed)
+    supported = supported and x.data_ptr() % 4 == 0  # inputs are read in pairs
     return x.device.type == "cuda" and supported and implementation(x.device) == "cuda"
 
 
