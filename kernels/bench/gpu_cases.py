@@ -147,7 +147,7 @@ def _pieces(starts: Tensor, ends: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """What issue 9 asks on an H200 in bfloat16: times faster than cuBLAS in the same graph.
+    """What is asked of an H200 in bfloat16: times faster than cuBLAS in the same graph.
 
     Attributes:
         kernel: of every linear of 8B's blocks; wide: of gate+up, where it is another.

@@ -104,7 +104,7 @@ def markdown(run: Run) -> Iterator[str]:
 
 
 def _target_table(found: list[Row]) -> Iterator[str]:
-    yield "## What was asked (issue 9)"
+    yield "## What was asked"
     yield ""
     yield "Kernels over cuBLAS in a graph, a list made for every linear; end to end over the faster"
     yield "of our plan with dense weights and torch's compiled step, by context. Predicted: before"
