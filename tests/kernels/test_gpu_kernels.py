@@ -174,7 +174,10 @@ def test_gate_and_up_and_the_next_list(dtype: torch.dtype, rows: int) -> None:
     gate, up = (F.linear(x.double(), w.double(), b.double()) for w, b in
                 zip(pair, bias.split(O), strict=True))  # fmt: skip
     exact = F.silu(gate) * up
-    assert (y.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()
+    # rounded once; and what float32 sums of I products may be off, through both factors
+    sums = (1 + I / 4) * torch.finfo(torch.float32).eps * gate.abs().max() * up.abs().max()
+    rounding = 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (y.double() - exact).abs().max() <= rounding + sums
     # the list is the one that a kernel of its own makes of the rounded product
     assert following is not None
     again = gpu.list_channels(y, thresholds, scales)
