@@ -93,8 +93,7 @@ class Family:
         experts: how they lie on disk: "apart", a matrix each, "fused", or "" for none.
         dtype: on disk.
         ignore: linears that have to be left dense.
-        exact: our blocks give transformers' own hidden states to the bit. Not where its product by
-            gate and up is one of twice as many rows: a BLAS may add in another order then.
+        exact: our blocks give transformers' own hidden states to the bit.
         notes: in README's table.
     """
 
@@ -199,7 +198,6 @@ FAMILIES: dict[str, Family] = {
         {**LOCAL_MOE, "sliding_window": None},
         (*ATTENTION, "mlp.experts.*.w1,mlp.experts.*.w3", "mlp.experts.*.w2"),
         "apart",
-        exact=False,
     ),
     "qwen3_moe": Family(
         "Qwen3-MoE",
@@ -207,7 +205,6 @@ FAMILIES: dict[str, Family] = {
         {**MOE, "head_dim": 8},
         (*ATTENTION, *APART),
         "apart",
-        exact=False,
     ),
     "gpt_oss": Family(
         "gpt-oss",
@@ -257,7 +254,6 @@ FAMILIES: dict[str, Family] = {
         ),
         "apart",
         torch.bfloat16,
-        exact=False,
         notes="latent attention, shared experts, dense first blocks",
     ),
     "qwen3_next": Family(
@@ -266,7 +262,6 @@ FAMILIES: dict[str, Family] = {
         {**MOE, **DELTA},
         (*ATTENTION, *SHARED, *APART),
         "apart",
-        exact=False,
     ),
     "granite_hybrid": Family(
         "Granite 4 hybrid (Mamba-2)",
