@@ -13,7 +13,6 @@ read / measured bandwidth / time. A result that is wrong is not timed: the run s
 
 import argparse
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_linear import BANDWIDTH_BYTES, ROTATED_BYTES, SHAPES, cpu_model, seconds
+from cases import parse_case
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,15 +60,6 @@ class Row:
 
 
 HEADER = "| O x I | case | batch | threads | torch dense ms | ours (limit) | read GB/s |"
-
-
-def parse_case(case: str) -> tuple[float, float]:
-    """W50A40 -> weight sparsity 0.5, skipped inputs 0.4."""
-    match = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", case)
-    if not case or match is None:
-        raise SystemExit(f"case {case!r}: must look like W50A40, W50 or A50")
-    pruned, skipped = (int(part or 0) / 100 for part in match.groups())
-    return pruned, skipped
 
 
 def make_channels(weight: Tensor) -> list[ChannelWeight]:

@@ -10,7 +10,6 @@ Shape letters: B = rows, O = output features, I = input features.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +56,6 @@ class Sizes:
 
 
 LLAMA_8B = Sizes(4096, 14336, 32, 8, 128, 128256, 32)
-
-
-def parse_case(case: str) -> tuple[float, float]:
-    """W50A40 -> weight sparsity 0.5, skipped inputs 0.4."""
-    match = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", case)
-    if not case or match is None:
-        raise SystemExit(f"case {case!r}: must look like W50A40, W50 or A50")
-    pruned, skipped = (int(part or 0) / 100 for part in match.groups())
-    return pruned, skipped
 
 
 def title(case: str, masks: str) -> str:

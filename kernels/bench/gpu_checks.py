@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from cases import parse_case
 from gpu_cases import (
     RANDOM,
     WANDA,
@@ -15,7 +16,6 @@ from gpu_cases import (
     channel_norms,
     form,
     limits,
-    parse_case,
     random_inputs,
     random_weight,
 )

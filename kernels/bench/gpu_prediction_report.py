@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from gpu_cases import LLAMA_8B, TARGETS, Target, parse_case, title
+from cases import parse_case
+from gpu_cases import LLAMA_8B, TARGETS, Target, title
 from gpu_prediction import (
     HIGH,
     LIKELY,

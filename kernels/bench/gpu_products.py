@@ -5,14 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
+from cases import parse_case
 from gpu_cases import (
     RANDOM,
     channel_norms,
     form,
     limits,
-    parse_case,
     random_inputs,
     random_weight,
     read_bytes,
@@ -59,7 +60,7 @@ class Linear:
         weight_OI = random_weight(shape[0], 0.0, norms_I, setting.dtype)
         x_BI = random_inputs(rows, norms_I, setting.dtype)
         many = [weight_OI.clone() for _ in range(ring(weight_OI.nbytes, setting))]
-        times = seconds([lambda w=w: F.linear(x_BI, w) for w in many], setting)  # type: ignore[misc]
+        times = seconds([partial(F.linear, x_BI, w) for w in many], setting)
         self.plain = statistics.median(times)
         limit = round(weight_OI.nbytes / read / self.plain, 3)
         run.add(**self.about, case="dense", **spread(times), bytes=weight_OI.nbytes, limit=limit)
@@ -76,7 +77,7 @@ class Linear:
         many = [replace(stored, data=stored.data.clone())
                 for _ in range(ring(stored.nbytes, setting))]  # fmt: skip
         times = seconds(
-            [lambda w=w: product(x_BI, w, thresholds_B, skipped) for w in many],  # type: ignore[misc]
+            [partial(product, x_BI, w, thresholds_B, skipped) for w in many],
             setting,
         )
         loaded = read_bytes(stored, counted_BI.any(0))
@@ -99,7 +100,7 @@ class Linear:
             many = [one] + [_semi_structured(weight_OI) for _ in range(count - 1)]
             y_BO = F.linear(x_BI, one)
             error = check(y_BO, x_BI, weight_OI, self._what(case))
-            times = seconds([lambda w=w: F.linear(x_BI, w) for w in many], setting)  # type: ignore[misc]
+            times = seconds([partial(F.linear, x_BI, w) for w in many], setting)
         except (Exception, SystemExit) as failure:  # a peer that fails is no reason to stop
             text = str(failure).splitlines()[0][:120] if str(failure) else ""
             return self.run.leave_out(f"torch 2:4: {type(failure).__name__} {text}")

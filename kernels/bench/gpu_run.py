@@ -203,7 +203,7 @@ def bandwidth(run: Run) -> float:
     """Bytes per second of a sum over memory that no cache holds."""
     size = 2**30 if run.setting.on_gpu else 2**16
     buffers = [torch.ones(size // 4, device=run.setting.device) for _ in range(2)]
-    calls: list[Call] = [lambda b=buffer: b.sum() for buffer in buffers]  # type: ignore[misc]
+    calls: list[Call] = [buffer.sum for buffer in buffers]
     times = seconds(calls, run.setting)
     read = size / statistics.median(times)
     run.add(kind="read", gb_per_s=round(read / 1e9, 1))

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from gpu_cases import RANDOM, parse_case
+from cases import parse_case
+from gpu_cases import RANDOM
 from gpu_checks import random_head
 from gpu_decoder import SITES, Decoder, Layer, random_layer
 from gpu_peer import Peer

@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from cases import parse_case
 from gpu_cases import (
     LLAMA_8B,
     PREDICTED,
@@ -35,7 +36,6 @@ from gpu_cases import (
     channel_norms,
     limits,
     moved_bytes,
-    parse_case,
     random_inputs,
     random_weight,
     read_bytes,
