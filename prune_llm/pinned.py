@@ -42,29 +42,3 @@ class HostCopy:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host
-
-
-class Arriving:
-    """Values of a device on their way to the host, a few at a time; they arrive in order."""
-
-    def __init__(self, like: Tensor, most: int) -> None:
-        self._hosts = [host_buffer(like) for _ in range(most)]
-        pinned = like.device.type == "cuda"
-        self._events = [torch.cuda.Event() if pinned else None for _ in range(most)]
-
-    def send(self, index: int, values: Tensor) -> None:
-        """Number ``index``, behind what the device was told before; it takes the place of the one
-        ``most`` before it."""
-        place = index % len(self._hosts)
-        self._hosts[place].copy_(values, non_blocking=True)
-        event = self._events[place]
-        if event is not None:
-            event.record()
-
-    def wait(self, index: int) -> Tensor:
-        """The values on the host; of a device nothing that was sent later is waited for."""
-        place = index % len(self._hosts)
-        event = self._events[place]
-        if event is not None:
-            event.synchronize()
-        return self._hosts[place]

@@ -7,6 +7,7 @@ the text is thrown away.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from prune_llm.decoder import Decoder, PlanDecoder
 from prune_llm.device_sampling import DeviceSampler, Needs
-from prune_llm.pinned import Arriving
+from prune_llm.pinned import HostCopy
 from prune_llm.sampling import NO_NUMBER, NOTHING, Sampler
 from prune_llm_kernels.gpu_graph import Recorded
 from prune_llm_kernels.plan import DevicePlan
@@ -24,7 +25,10 @@ STEPS_AHEAD = 2
 
 
 def runs_ahead(decoder: Decoder) -> bool:
-    return isinstance(decoder, PlanDecoder) and decoder.device.type == "cuda"
+    """Whether its steps wait for nothing: the reference's plan, on a GPU too, is no such one."""
+    return isinstance(decoder, PlanDecoder) and isinstance(
+        decoder.whole_step.blocks.plan, DevicePlan
+    )
 
 
 class RunningAhead:
@@ -43,13 +47,14 @@ class RunningAhead:
         self._drawing.take(0, sampler)
         self._needs = Needs.of([sampler], vocabulary)
         self._step = Recorded(self._operations, device)
-        self._arriving = Arriving(self._drawing.tokens_B, STEPS_AHEAD + 1)
+        self._arriving: deque[HostCopy] = deque()
 
     def tokens(self, logits_V: Tensor) -> Iterator[int]:
         """The tokens behind the prompt, whose logits are given; the caller stops when it wants.
 
         Raises:
-            ValueError: the model computed no number at all.
+            ValueError: the model computed no number at all, or its head gave a token that its
+                embeddings do not have.
         """
         decoder, prompt = self._decoder, self._decoder.length
         decoder.position_B.fill_(prompt)
@@ -58,9 +63,14 @@ class RunningAhead:
             while launched < min(self._most, place + 1 + STEPS_AHEAD):
                 self._launch(launched, logits_V)
                 launched += 1
-            token = int(self._arriving.wait(place))
+            token = int(self._arriving.popleft().wait())
             if token == NOTHING:
                 raise ValueError(NO_NUMBER)
+            known = len(decoder.parts.embedding_VD)
+            if token >= known:
+                raise ValueError(
+                    f"token {token}: the model's head gave it, and it has {known} embeddings"
+                )
             self._sampler.note(token)
             decoder.length = prompt + place
             yield token
@@ -72,12 +82,12 @@ class RunningAhead:
             self._drawing.draw(logits_V[None], self._needs)
         else:
             self._step()
-        self._arriving.send(place, self._drawing.tokens_B)
+        self._arriving.append(HostCopy(self._drawing.tokens_B.clone()))
 
     def _operations(self) -> None:
         """A step, as its graph has it."""
         whole, embedding_VD = self._decoder.whole_step, self._decoder.parts.embedding_VD
-        # no number of a token is outside the table: a GPU would end with the process
+        # a GPU would end with the process; `tokens` refuses what is outside the table
         token_B = self._drawing.tokens_B.clamp(0, len(embedding_VD) - 1)
         torch.index_select(embedding_VD, 0, token_B, out=whole.blocks.x_BD)
         self._plan.replay(1)

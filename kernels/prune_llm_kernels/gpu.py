@@ -243,6 +243,8 @@ def new_plan(dtype: torch.dtype) -> Plan:
 def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) -> Tensor:
     """The product in float32, [splits, B, O]; x is [B, I], or a list's."""
     check_device(x)
+    if x.data_ptr() % 4:  # a view: the CUDA kernel reads inputs in pairs
+        x = x.clone()
     rows, I, O = x.shape[-2], weight.in_features, weight.out_features
     block = DENSE_BLOCK if weight.starts is None else weight.tile
     blocks, chunks = -(-O // block), -(-I // CHUNK)
@@ -277,7 +279,6 @@ def _partials(x: Tensor, channels: ChannelList | None, weight: ChannelWeight) ->
 def _in_cuda(x: Tensor, rows: int, weight: ChannelWeight, listed: bool) -> bool:
     """Whether the CUDA kernel multiplies instead of Triton's."""
     supported = gpu_cuda.supports(x.dtype, rows, weight.in_features, listed)
-    supported = supported and x.data_ptr() % 4 == 0  # inputs are read in pairs
     return x.device.type == "cuda" and supported and implementation(x.device) == "cuda"
 
 

@@ -7,6 +7,7 @@ differs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prune_llm.device_sampling import DeviceSampler, Needs
 from prune_llm.generation import decode
 from prune_llm.plan_runner import PlanRunner, padded
 from prune_llm.runners import new_runner, token_bytes
-from prune_llm.running_ahead import RunningAhead
+from prune_llm.running_ahead import RunningAhead, runs_ahead
 from prune_llm.sampling import Sampler, SamplingParams
 from prune_llm.segments import BatchLimits, Segment
 from prune_llm.sequences import SequenceRequest
@@ -233,10 +234,6 @@ def ahead(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         steps.append(place)
 
     monkeypatch.setattr(RunningAhead, "_launch", launch)
-    for module in ("running_ahead", "generation"):
-        monkeypatch.setattr(
-            f"prune_llm.{module}.runs_ahead", lambda decoder: isinstance(decoder, PlanDecoder)
-        )
     return steps
 
 
@@ -274,6 +271,20 @@ def test_what_was_launched_behind_the_end_is_thrown_away(packed: Path, ahead: li
     # the decoder goes on behind what was kept
     decoder.step(whole.token_ids[1])
     assert int(decoder.step(whole.token_ids[2]).argmax()) == whole.token_ids[3]
+
+
+def test_a_token_without_an_embedding_is_refused(packed: Path, ahead: list[int]) -> None:
+    decoder = new_decoder(on_device(packed), 64)
+    assert isinstance(decoder, PlanDecoder)
+    logits_V = decoder.prefill(PROMPT[:3]).clone()
+    decoder.parts = replace(decoder.parts, embedding_VD=decoder.parts.embedding_VD[:5])
+    logits_V[7] = 1e9
+    with pytest.raises(ValueError, match="token 7: the model's head gave it"):
+        next(RunningAhead(decoder, Sampler(SamplingParams()), 4).tokens(logits_V))
+
+
+def test_the_plan_of_the_cpu_does_not_run_ahead(packed: Path) -> None:
+    assert not runs_ahead(new_decoder(prune_llm.load(packed), 64))
 
 
 def test_statistics_are_counted_at_the_end(packed: Path, ahead: list[int]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_llm.pinned import Arriving, HostCopy
+from prune_llm.pinned import HostCopy
 from prune_llm.stream_files import Store, Writer
 from prune_llm.streams import Stream
 
@@ -66,19 +66,6 @@ def test_a_copy_is_waited_for_when_it_is_read(gpu: None) -> None:
 def test_on_the_cpu_it_is_the_tensor_itself() -> None:
     values = torch.arange(3)
     assert HostCopy(values).wait() is values
-
-
-def test_values_arrive_in_turns(gpu: None) -> None:
-    token = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-    arriving = Arriving(on_gpu(token), 3)
-    for index in range(3):
-        token[0] = 10 + index
-        arriving.send(index, token)
-    assert happened == ["recorded"] * 3
-    assert [int(arriving.wait(index)) for index in range(3)] == [10, 11, 12]
-    token[0] = 99
-    arriving.send(3, token)  # takes the place of the first
-    assert [int(arriving.wait(index)) for index in (3, 1)] == [99, 11]
 
 
 def test_a_stream_does_not_wait_for_what_it_is_given(gpu: None, tmp_path: Any) -> None:
