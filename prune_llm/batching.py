@@ -1,21 +1,16 @@
 """Continuous batching: sequences join and leave between steps, and one step serves them all.
 
-A plain loop over small pieces: no thread, no clock, no text. Shape letters: W = rows whose logits
-are wanted, V = vocabulary.
+A plain loop over small pieces: no thread, no clock, no text.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from prune_llm.sampling import NO_NUMBER, NOTHING, Sampler
+from prune_llm.outcomes import Drawn, Outcome
+from prune_llm.sampling import no_embedding
 from prune_llm.scheduling import Scheduler
-from prune_llm.segments import Ran, Runner, Segment
+from prune_llm.segments import Runner
 from prune_llm.sequences import LiveSequence, ScoredToken, SequenceEvent, SequenceRequest
 
 
@@ -57,6 +52,7 @@ class Batcher:
         self._scheduler = Scheduler(runner)
         self._by_id: dict[str, LiveSequence] = {}
         self._rows = self._prompt_tokens = self._cached_tokens = 0
+        self._launched: Outcome | None = None  # by a step whose tokens were not read yet
         self.joined: list[str] = []
 
     @property
@@ -101,47 +97,69 @@ class Batcher:
     def step(self) -> list[SequenceEvent]:
         """Run some rows; what came of them, for the sequences that got a token or ended.
 
+        A runner that draws is not waited for: these rows are launched, and what came of those of
+        the last step is read. A row launched behind a token that ends its sequence is for nothing.
+
         If this raises, what the cache holds is unknown, and the batcher must not be used again.
         """
+        outcome = self._launch()
+        if self._runner.draws:
+            outcome, self._launched = self._launched, outcome
+        return [] if outcome is None else self._read(outcome)
+
+    def _launch(self) -> Outcome | None:
+        """Run some rows; None: there are none but those of tokens that were not read yet."""
         segments = self._scheduler.next_segments()
         self.joined = []
         if not segments:
-            assert self.idle
-            return []
+            assert self.idle or self._launched is not None
+            return None
         by_slot = {sequence.slot: sequence for sequence in self._scheduler.running}
         sequences = [by_slot[segment.slot] for segment in segments]
         ran = self._runner.run(segments)
-        drawn_all = list(_draw(sequences, segments, ran))  # waits for the device, and nothing else
-        for sequence, segment, share in zip(sequences, segments, ran.active, strict=True):
+        for sequence, segment in zip(sequences, segments, strict=True):
             self._rows += len(segment.tokens)
             if not sequence.joined:
                 sequence.joined = True
                 self.joined.append(sequence.request.id)
-            if share is not None:
-                sequence.active_rows += len(segment.tokens)
-                sequence.active_sum += share * len(segment.tokens)
-        events = []
-        for sequence, drawn, score in drawn_all:
-            if isinstance(drawn, ValueError):
-                self.cancel(sequence.request.id)
-                events.append(SequenceEvent(sequence.request.id, None, error=str(drawn)))
-            else:
-                events.append(self._advance(sequence, drawn, score))
-        return events
+        outcome = Outcome(sequences, segments, ran, self._runner.draws)
+        for sequence in outcome.getting:
+            sequence.draw()
+        return outcome
+
+    def _read(self, outcome: Outcome) -> list[SequenceEvent]:
+        drawn_all = list(outcome.drawn())  # waits for the device, and nothing else
+        for sequence, rows, share in outcome.active:
+            sequence.active_rows += rows
+            sequence.active_sum += share * rows
+        return [self._event(drawn) for drawn in drawn_all if self._lives(drawn.sequence)]
+
+    def _lives(self, sequence: LiveSequence) -> bool:
+        """Whether it did not end, and nobody cancelled it, since its rows ran."""
+        return self._by_id.get(sequence.request.id) is sequence
+
+    def _event(self, drawn: Drawn) -> SequenceEvent:
+        sequence, token, error = drawn.sequence, drawn.token, drawn.error
+        if token is not None and token >= self._runner.vocabulary:
+            error = no_embedding(token, self._runner.vocabulary)
+        if error is None:
+            return self._advance(sequence, token, drawn.score)
+        self.cancel(sequence.request.id)
+        return SequenceEvent(sequence.request.id, None, error=error)
 
     def _advance(
         self, sequence: LiveSequence, token: int | None, score: ScoredToken | None
     ) -> SequenceEvent:
         """Add a drawn token to its sequence, which may end with it."""
-        request, first = sequence.request, not sequence.started
+        request, first = sequence.request, sequence.known == sequence.prompt_tokens
         params = request.params
         if token is not None:
-            sequence.tokens.append(token)
+            sequence.note(token)
         if first:
             self._prompt_tokens += sequence.prompt_tokens
             self._cached_tokens += sequence.cached
         ended = token in self._ends and not params.ignore_eos
-        full = len(sequence.tokens) - sequence.prompt_tokens == params.max_tokens
+        full = sequence.known - sequence.prompt_tokens == params.max_tokens
         reason = "stop" if ended else "length" if full else None
         if reason is not None:
             self.cancel(request.id)
@@ -184,90 +202,3 @@ def check_request(request: SequenceRequest, runner: Runner) -> None:
             f"prompt of {len(ids)} tokens and max_tokens {params.max_tokens}: the cache has room "
             f"for {room}; ask for less or give it more memory"
         )
-
-
-# a sequence, the token it got (None: only its prompt was asked for) or why there is none, and the
-# token's score if asked
-_Drawn = tuple[LiveSequence, int | ValueError | None, ScoredToken | None]
-
-
-def _draw(
-    sequences: Sequence[LiveSequence], segments: Sequence[Segment], ran: Ran
-) -> Iterator[_Drawn]:
-    """Score the prompts' tokens and draw the next one of every sequence that is computed so far."""
-    there = None if ran.tokens_W is None else ran.tokens_W.tolist()  # a GPU is waited for here
-    left = [
-        sequence
-        for sequence, segment in zip(sequences, segments, strict=True)
-        if segment.wanted and (there is None or segment.sampler is None)
-    ]
-    logits_WV, row = ran.logits_WV, 0
-    if not all(map(_only_greedy, left)):
-        logits_WV = logits_WV.cpu()  # all of them at once
-    values, greedy = _largest(logits_WV) if left else ([], [])
-    for sequence, segment in zip(sequences, segments, strict=True):
-        end = segment.start + len(segment.tokens)
-        last = end == len(sequence.tokens)
-        rows_TV = logits_WV[row : row + segment.wanted]
-        row += segment.wanted
-        if len(rows_TV) > last:
-            _score_prompt(sequence, rows_TV, end)
-        if not last:
-            continue
-        if sequence.request.params.max_tokens == 0:
-            yield sequence, None, None
-            continue
-        if there is not None and segment.sampler is not None:
-            yield sequence, _noted(segment.sampler, there[row - 1]), None
-            continue
-        try:
-            plain = sequence.sampler.plain and not math.isnan(values[row - 1])
-            token = greedy[row - 1] if plain else sequence.sampler(rows_TV[-1])
-        except ValueError as error:
-            yield sequence, error, None
-            continue
-        scored = sequence.request.logprobs is not None
-        yield sequence, token, _scores(sequence, rows_TV[-1:], [token])[0] if scored else None
-
-
-def _noted(sampler: Sampler, token: int) -> int | ValueError:
-    """A token that the device drew."""
-    if token == NOTHING:
-        return ValueError(NO_NUMBER)
-    sampler.note(token)
-    return token
-
-
-def _only_greedy(sequence: LiveSequence) -> bool:
-    """Whether nothing but the largest of a sequence's logits is looked at."""
-    request = sequence.request
-    return sequence.sampler.plain and request.logprobs is None and not request.prompt_logprobs
-
-
-def _largest(logits_WV: Tensor) -> tuple[list[float], list[int]]:
-    """Of each row the largest logit and its token, the lowest of equals."""
-    if not len(logits_WV):
-        return [], []
-    # as argmax, which takes four times as long in bfloat16; doubles hold both exactly
-    values_W, tokens_W = logits_WV.max(-1)
-    values, tokens = torch.stack([values_W.double(), tokens_W.double()]).tolist()
-    return values, [int(token) for token in tokens]
-
-
-def _score_prompt(sequence: LiveSequence, logits_TV: Tensor, end: int) -> None:
-    """Scores of the prompt's tokens behind the rows that end before the position ``end``."""
-    first = end - len(logits_TV) + 1
-    tokens = sequence.tokens[first : min(end + 1, sequence.prompt_tokens)]
-    sequence.scores += _scores(sequence, logits_TV[: len(tokens)], tokens)
-
-
-def _scores(sequence: LiveSequence, logits_TV: Tensor, tokens: Sequence[int]) -> list[ScoredToken]:
-    """Of tokens by the model's own logits [T, V]."""
-    logprobs_TV = logits_TV.float().log_softmax(-1)
-    count = sequence.request.logprobs or 0
-    found = []
-    for token, logprobs_V in zip(tokens, logprobs_TV, strict=True):
-        values, ids = logprobs_V.topk(count)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        found.append(ScoredToken(token, float(logprobs_V[token]), top))
-    return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prune_llm.pinned import host_to
-from prune_llm.sampling import NOTHING, Sampler, place_of
+from prune_llm.sampling import DRAWN, NOTHING, Sampler, place_of
 
 _LEAST = torch.finfo(torch.float32).min
 
@@ -75,12 +75,14 @@ class DeviceSampler:
 
     Attributes:
         tokens_B: int64, of the rows drawn last; NOTHING where no logit was a number.
+        latest_S: of each slot, the one drawn last.
     """
 
     def __init__(self, slots: int, rows: int, vocabulary: int, device: torch.device) -> None:
         self._device, self._vocabulary, self._spare = device, vocabulary, slots
         self._samplers: dict[int, Sampler] = {}
         self.tokens_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.latest_S = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self._slots_B = torch.full((rows,), slots, device=device)
         self._uniforms_B = torch.zeros(rows, dtype=torch.float64, device=device)
         # a slot more, greedy, for rows that belong to nobody
@@ -117,6 +119,15 @@ class DeviceSampler:
             self._uniforms_B[: len(slots)] = host_to(self._device, drawn)
         return needs
 
+    def filled(self, ids_B: Tensor, slots_B: Tensor, embeddings: int) -> Tensor:
+        """Token ids, with what was drawn last of a row's slot for DRAWN.
+
+        A GPU would end with the process at an id without embedding, so another takes its place:
+        whoever reads the token refuses it, and what follows is thrown away.
+        """
+        latest_B = self.latest_S.index_select(0, slots_B).clamp(0, embeddings - 1)
+        return torch.where(ids_B == DRAWN, latest_B, ids_B)
+
     def draw(self, logits_BV: Tensor, needs: Needs) -> None:
         """The next token of the rows that were placed; reads and writes the device only."""
         count = len(logits_BV)
@@ -132,7 +143,9 @@ class DeviceSampler:
             tokens_B = torch.where(settings.temperature > 0, drawn_B, tokens_B)
         if adjustments is not None:
             adjustments.note(slots_B, tokens_B)
-        self.tokens_B[:count] = torch.where(missing_B, NOTHING, tokens_B)
+        tokens_B = torch.where(missing_B, NOTHING, tokens_B)
+        self.tokens_B[:count] = tokens_B
+        self.latest_S.index_copy_(0, slots_B, tokens_B)
 
 
 def _drawn(values_BV: Tensor, uniforms_B: Tensor, settings: _Settings, filters: bool) -> Tensor:

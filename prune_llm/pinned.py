@@ -16,12 +16,6 @@ def host_to(device: torch.device, host: Tensor) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def host_buffer(like: Tensor) -> Tensor:
-    """Zeros on the host that a device can copy to while the host goes on."""
-    pinned = like.device.type == "cuda"
-    return torch.zeros(like.shape, dtype=like.dtype, pin_memory=pinned)
-
-
 class HostCopy:
     """A copy on the host of what a device computes; from a GPU on its way, into pinned memory.
 

@@ -6,7 +6,7 @@ N = pages of a sequence, S = sequences that run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from prune_llm.activation.decoding import ModelLevels, PlanGates
 from prune_llm.activation.levels import DENSE
 from prune_llm.device_sampling import DeviceSampler, Needs
 from prune_llm.parts import ModelParts
-from prune_llm.pinned import host_to
+from prune_llm.pinned import HostCopy, host_to
 from prune_llm.recording import Head, Recording, rotary_angles
+from prune_llm.sampling import DRAWN
 from prune_llm.segments import (
     SCORED_ROWS,
     BatchLimits,
@@ -80,9 +81,10 @@ class PlanRunner:
         )
         wanted = limits.max_rows + SCORED_ROWS
         self._head = Head(parts, parts.embedding_VD.new_zeros(wanted, parts.embedding_VD.shape[1]))
+        self.draws = isinstance(self._head.plan, DevicePlan)
         self._drawing: DeviceSampler | None = None
         self._draws: dict[tuple[int, Needs], Recorded] = {}
-        if isinstance(self._head.plan, DevicePlan):
+        if self.draws:
             self._drawing = DeviceSampler(limits.max_rows, wanted, parts.head.out_features, device)
 
     @torch.inference_mode()
@@ -91,20 +93,17 @@ class PlanRunner:
         rows = self._place(segments)
         self._choose_levels(segments, rows)
         self._blocks.plan.run(rows)
-        dense = self._names.count(DENSE)
+        shares: Callable[[], list[float | None]] = partial(_no_shares, len(segments))
         if self._gates is not None:
-            self._gates.note_run()
+            noted, dense = self._gates.note_run(), self._names.count(DENSE)
+            shares = partial(_shares, self._gates, noted, dense, [s.level for s in segments])
         logits_WV, tokens_W = self._run_head(segments)
-        return Ran(logits_WV, partial(self._shares, segments, dense), tokens_W)
+        return Ran(logits_WV, shares, tokens_W)
 
     def leave(self, slot: int) -> None:
         self._tabled[slot] = 0
         if self._drawing is not None:
             self._drawing.leave(slot)
-
-    def _shares(self, segments: Sequence[Segment], dense: int) -> list[float | None]:
-        share = None if self._gates is None else self._gates.run_active(dense)
-        return [share if segment.level not in (None, DENSE) else None for segment in segments]
 
     def _rows(self, count: int, most: int) -> int:
         """How many are run for ``count`` that are there."""
@@ -130,6 +129,8 @@ class PlanRunner:
         pages_BN = self._table_SN[:, :used].index_select(0, slots_B[:count])
         self._pages_BN[:count, :used] = pages_BN
         x_BD = self._blocks.x_BD
+        if self._drawing is not None and DRAWN in tokens:
+            ids_B = self._drawing.filled(ids_B[:count], slots_B[:count], len(self._embedding_VD))
         torch.index_select(self._embedding_VD, 0, ids_B[:count], out=x_BD[:count])
         x_BD[count:rows] = 0  # what an earlier run left could be no number
         return rows
@@ -190,6 +191,17 @@ class PlanRunner:
         assert isinstance(plan, DevicePlan) and self._drawing is not None
         plan.replay(rows)
         self._drawing.draw(self._head.logits_BV[:rows], needs)
+
+
+def _no_shares(count: int) -> list[float | None]:
+    return [None] * count
+
+
+def _shares(
+    gates: PlanGates, noted: HostCopy, dense: int, levels: Sequence[str | None]
+) -> list[float | None]:
+    share = gates.run_active(noted, dense)
+    return [share if level not in (None, DENSE) else None for level in levels]
 
 
 def records_rows(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from prune_llm.decoder import Decoder, PlanDecoder
 from prune_llm.device_sampling import DeviceSampler, Needs
 from prune_llm.pinned import HostCopy
-from prune_llm.sampling import NO_NUMBER, NOTHING, Sampler
+from prune_llm.sampling import NO_NUMBER, NOTHING, Sampler, no_embedding
 from prune_llm_kernels.gpu_graph import Recorded
 from prune_llm_kernels.plan import DevicePlan
 
@@ -68,9 +68,7 @@ class RunningAhead:
                 raise ValueError(NO_NUMBER)
             known = len(decoder.parts.embedding_VD)
             if token >= known:
-                raise ValueError(
-                    f"token {token}: the model's head gave it, and it has {known} embeddings"
-                )
+                raise ValueError(no_embedding(token, known))
             self._sampler.note(token)
             decoder.length = prompt + place
             yield token

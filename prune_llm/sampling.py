@@ -95,7 +95,13 @@ def model_defaults(generation_config: Any) -> dict[str, Any]:
 
 
 NOTHING = -1  # in place of a token that a device drew, where no logit was a number
+DRAWN = -1  # in place of a token that a device drew and keeps: nobody has read it yet
 NO_NUMBER = "the model's logits are not numbers; check its weights, or try float32"
+
+
+def no_embedding(token: int, embeddings: int) -> str:
+    """Why a token that was drawn cannot be gone on from."""
+    return f"token {token}: the model's head gave it, and it has {embeddings} embeddings"
 
 
 class Sampler:

@@ -56,7 +56,8 @@ class Scheduler:
             self._vacate(sequence)
 
     def next_segments(self) -> list[Segment]:
-        """The rows of a step, which are taken as computed from here on; [] only where none is left.
+        """The rows of a step, which are taken as computed from here on; [] only where none is left
+        but those of tokens that were not read yet.
 
         The oldest sequence always gets rows: the younger ones give it their pages.
         """
@@ -72,9 +73,10 @@ class Scheduler:
         return step.segments
 
     def _can_join(self, step: _Step) -> bool:
-        if step.full or step.rows_left < 1:
+        if step.full or step.rows_left < 1 or not (self.waiting and self._free_slots):
             return False
-        return bool(self.waiting and self._free_slots) and self._fits(self.waiting[0])
+        # a preempted one may still wait for a token that nobody else knows
+        return not self.waiting[0].pending and self._fits(self.waiting[0])
 
     def _fits(self, sequence: LiveSequence) -> bool:
         """Whether there are pages for its tokens and the next, beside those it would adopt."""
@@ -89,7 +91,9 @@ class Scheduler:
 
     def _plan(self, sequence: LiveSequence, step: _Step) -> None:
         """Put the rows of a sequence into the step, as many as it may have."""
-        while sequence.computed < len(sequence.tokens):
+        if self._runner.shares:
+            self._register(sequence)  # tokens that were read meanwhile
+        while sequence.computed < min(len(sequence.tokens), sequence.most_tokens):
             if self._runner.shares:
                 self._adopt(sequence)
             start, end = sequence.computed, self._end(sequence, step)
@@ -125,6 +129,7 @@ class Scheduler:
             step.rows_left -= end - start
         if sequence.wanted_from < known - 1:
             step.scored_left -= wanted
+            sequence.asked = min(sequence.asked + wanted, sequence.prompt_tokens)
         assert sequence.slot is not None
         step.segments.append(
             Segment(
@@ -134,7 +139,7 @@ class Scheduler:
                 None if in_prompt else request.level,
                 wanted,
                 sequence.pages,
-                sequence.sampler if end == known and sequence.only_tokens else None,
+                sequence.sampler if end == known and request.params.max_tokens else None,
             )
         )
 

@@ -56,11 +56,12 @@ class Segment(NamedTuple):
     Attributes:
         slot: of the sequence, below max_rows.
         start: position of the first token.
+        tokens: the last may be DRAWN: the one that the run before drew behind the same sequence.
         level: of activation sparsity; None: they belong to the prompt, which is always dense.
         wanted: rows at the end whose logits are wanted.
         pages: of the sequence, those of these tokens among them.
-        sampler: of the sequence, where a token is to be drawn behind the last row and nothing else
-            of its logits is looked at. A runner may draw it, see `Ran`.
+        sampler: of the sequence, where a token is to be drawn behind the last row: by the runner,
+            where it draws.
     """
 
     slot: int
@@ -77,9 +78,10 @@ class Ran(NamedTuple):
 
     Attributes:
         logits_WV: of the wanted rows of all segments, in their order; valid until the next run.
-        shares: makes ``active``, once the device is done with the run: look at the logits first.
+        shares: makes ``active``; waits for the run.
         tokens_W: of the rows behind which segments have a token drawn by their sampler, the token,
-            NOTHING where no logit was a number; of others anything. None: the runner draws none.
+            NOTHING where no logit was a number; of others anything. Valid until the next run. None:
+            none was drawn.
     """
 
     logits_WV: Tensor
@@ -89,8 +91,7 @@ class Ran(NamedTuple):
     @property
     def active(self) -> Sequence[float | None]:
         """For each segment at a level that skips inputs, the share that counted, weighted by the
-        weights they meet; None for the others. A plan counts such rows of a run together. To be
-        asked before the next run."""
+        weights they meet; None for the others. A plan counts such rows of a run together."""
         return self.shares()
 
 
@@ -105,6 +106,8 @@ class Runner(Protocol):
         warm_rows: numbers of sequences to run once, so that later steps find everything ready.
         ways: on a GPU, which way the products of each shape and batch take, by measurement.
         piece: segments of a prompt begin at multiples of it and end at one or with the prompt.
+        draws: whether it draws the tokens of segments with a sampler. Then runs can follow each
+            other before their tokens are read.
     """
 
     name: str
@@ -117,6 +120,7 @@ class Runner(Protocol):
     warm_rows: tuple[int, ...]
     ways: tuple[dict[str, Any], ...]
     piece: int
+    draws: bool
 
     def run(self, segments: Sequence[Segment]) -> Ran:
         """At most max_rows + max(chunk_tokens, piece) rows, max_rows + SCORED_ROWS wanted."""

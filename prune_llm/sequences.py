@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from prune_llm.activation.levels import DENSE
 from prune_llm.pages import FIRST, page_key
-from prune_llm.sampling import Sampler, SamplingParams
+from prune_llm.sampling import DRAWN, Sampler, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,14 @@ class LiveSequence:
     """A request on its way.
 
     Attributes:
-        tokens: prompt and answer.
+        tokens: prompt and answer; those that were not read yet are DRAWN.
+        pending: how many these are, at the end.
         computed: tokens whose keys and values lie in the cache.
         pages: where they lie. registered: how many of those are known under their key, or were
             adopted.
         slot: among the running; None: waits. joined: it ran before.
         cached: tokens of the prompt that were adopted.
-        scores: of the prompt's tokens so far.
+        scores: of the prompt's tokens so far. asked: how many runs were asked for.
         active_rows: behind the prompt; active_sum: over them, of the shares that counted.
     """
 
@@ -97,7 +98,9 @@ class LiveSequence:
     slot: int | None = None
     joined: bool = False
     cached: int = 0
+    pending: int = 0
     scores: list[ScoredToken] = field(default_factory=list)
+    asked: int = 0
     active_rows: int = 0
     active_sum: float = 0.0
     _keys: list[bytes] = field(default_factory=list)
@@ -107,6 +110,7 @@ class LiveSequence:
         sequence = LiveSequence(request, Sampler(request.params, request.ids), list(request.ids))
         if request.prompt_logprobs:
             sequence.scores.append(ScoredToken(request.ids[0], None))
+            sequence.asked = 1
         return sequence
 
     @property
@@ -119,6 +123,11 @@ class LiveSequence:
         return len(self.tokens) > self.prompt_tokens
 
     @property
+    def known(self) -> int:
+        """Tokens that are drawn and read."""
+        return len(self.tokens) - self.pending
+
+    @property
     def most_tokens(self) -> int:
         """That the cache may have to hold: the last one drawn is never computed."""
         return self.prompt_tokens + max(0, self.request.params.max_tokens - 1)
@@ -126,8 +135,8 @@ class LiveSequence:
     @property
     def wanted_from(self) -> int:
         """The first position whose logits are still needed."""
-        if self.request.prompt_logprobs and len(self.scores) < self.prompt_tokens:
-            return len(self.scores) - 1
+        if self.request.prompt_logprobs and self.asked < self.prompt_tokens:
+            return self.asked - 1
         return len(self.tokens) - 1
 
     @property
@@ -140,7 +149,7 @@ class LiveSequence:
     @property
     def shareable(self) -> int:
         """Tokens whose keys and values any other sequence of the same tokens has too."""
-        return len(self.tokens) if self.request.level == DENSE else self.prompt_tokens
+        return self.known if self.request.level == DENSE else self.prompt_tokens
 
     @property
     def active(self) -> float | None:
@@ -153,6 +162,16 @@ class LiveSequence:
             previous = self._keys[-1] if self._keys else FIRST
             self._keys.append(page_key(previous, self.tokens[start : start + page_size]))
         return self._keys[index]
+
+    def draw(self) -> None:
+        """A run was asked for the next token."""
+        self.tokens.append(DRAWN)
+        self.pending += 1
+
+    def note(self, token: int) -> None:
+        """The first of the pending ones is read."""
+        self.tokens[self.known] = token
+        self.pending -= 1
 
     def restart(self) -> None:
         """Nothing of it is in the cache any more."""

@@ -37,7 +37,7 @@ class TransformersRunner:
     other sequences. Pages are counted, not used.
     """
 
-    shares = False
+    shares = draws = False
     warm_rows: tuple[int, ...] = ()
     ways: tuple[dict[str, Any], ...] = ()
     piece = SCORED_ROWS

@@ -16,7 +16,7 @@ from prune_llm.activation.gates import Gates, channel_scales
 from prune_llm.activation.levels import DENSE, Level, LevelTable, read_table
 from prune_llm.activation.sites import table_sites
 from prune_llm.channel_linear import use_channels
-from prune_llm.pinned import host_buffer, host_to
+from prune_llm.pinned import HostCopy, host_to
 from prune_llm_kernels.plan import Gate
 
 if TYPE_CHECKING:
@@ -91,8 +91,6 @@ class PlanGates:
         self._thresholds_SB = torch.full((len(sites), rows), EVERY_INPUT, device=device)
         self._counts_S3 = torch.zeros(len(sites), 3, dtype=torch.int64, device=device)
         self._before_S3 = self._counts_S3.clone()  # at the last `note_run`
-        self._noted_S3 = host_buffer(self._counts_S3)
-        self._noted = torch.cuda.Event() if self._counts_S3.is_cuda else None
         self._inputs_S = torch.tensor([site.in_features for site in sites])
         self._weights_S = torch.tensor(levels.weights, dtype=torch.float64)
         self._site_of = {name: s for s, site in enumerate(sites) for name in site.linears}
@@ -125,23 +123,19 @@ class PlanGates:
             return torch.full((len(self._weights_S),), torch.inf if level is None else EVERY_INPUT)
         return torch.tensor(level.thresholds)
 
-    def note_run(self) -> None:
-        """Note what the run counted, without waiting for it; to be called after each."""
+    def note_run(self) -> HostCopy:
+        """What the run counted, on its way to the host; to be called after each."""
         new_S3 = self._counts_S3 - self._before_S3
         self._before_S3 += new_S3
-        self._noted_S3.copy_(new_S3, non_blocking=True)
-        if self._noted is not None:
-            self._noted.record()
+        return HostCopy(new_S3)
 
-    def run_active(self, dense: int) -> float | None:
-        """As `active`, of the noted run alone and of its rows that skip. Waits for that run.
+    def run_active(self, noted: HostCopy, dense: int) -> float | None:
+        """As `active`, of a noted run alone and of its rows that skip. Waits for that run.
 
         Args:
             dense: rows of the run that skip nothing.
         """
-        if self._noted is not None:
-            self._noted.synchronize()
-        new_S3 = self._noted_S3
+        new_S3 = noted.wait()
         rows_S = new_S3[:, 2] - dense
         if not bool((rows_S > 0).any()):
             return None

@@ -16,10 +16,12 @@ from tiny_models import MORE, PROMPT, SIZES, add_levels, llama_config, save_mode
 
 import prune_llm
 from prune_llm.batching import Batcher
+from prune_llm.device_sampling import DeviceSampler
 from prune_llm.generation import generate
+from prune_llm.pinned import HostCopy
 from prune_llm.plan_runner import PlanRunner
 from prune_llm.runners import new_runner, token_bytes
-from prune_llm.sampling import SamplingParams
+from prune_llm.sampling import DRAWN, SamplingParams
 from prune_llm.segments import SCORED_ROWS, BatchLimits, Ran, Runner, Segment
 from prune_llm.sequences import SequenceEvent, SequenceRequest
 from prune_llm.transformers_runner import TransformersRunner
@@ -460,8 +462,8 @@ def test_bytes_of_a_token(checkpoints: dict[str, Path]) -> None:
 class PagedWords:
     """A runner whose "keys and values" are the tokens: a mixed-up page changes the answer."""
 
-    name, vocabulary, context, shares, piece = "words", 5, 200, True, 1
-    levels = ("dense", "half")
+    name, vocabulary, context, shares, piece, draws = "words", 5, 200, True, 1, False
+    levels, head = ("dense", "half"), 5
 
     def __init__(self, pages: int, **changes: Any) -> None:
         self.pages, self.limits = pages, BatchLimits(page_size=PAGE, **changes)
@@ -480,15 +482,57 @@ class PagedWords:
         ]
         assert len(logits) <= self.limits.max_rows + SCORED_ROWS
         shares = [0.5 if segment.level == "half" else None for segment in segments]
-        return Ran(torch.tensor(logits).reshape(-1, self.vocabulary), lambda: shares)
+        return Ran(torch.tensor(logits).reshape(-1, self.head), lambda: shares)
 
     def _logits(self, segment: Segment, count: int) -> list[float]:
         seen = [self._stored[segment.pages[p // PAGE], p % PAGE] for p in range(count)]
-        digest = blake2b(repr(seen).encode(), digest_size=self.vocabulary).digest()
+        digest = blake2b(repr(seen).encode(), digest_size=self.head).digest()
         return [float(byte) for byte in digest]
 
     def leave(self, slot: int) -> None:
         assert 0 <= slot < self.limits.max_rows
+
+
+class DrawingWords(PagedWords):
+    """Draws as a device does: nothing of a run outlives the next one."""
+
+    draws = True
+
+    def __init__(self, pages: int, **changes: Any) -> None:
+        super().__init__(pages, **changes)
+        slots, rows = self.limits.max_rows, self.limits.max_rows + SCORED_ROWS
+        self._drawing = DeviceSampler(slots, rows, self.head, torch.device("cpu"))
+        self._logits_WV = torch.empty(rows, self.head)
+
+    def run(self, segments: Sequence[Segment]) -> Ran:
+        latest = self._drawing.latest_S.tolist()
+        known = [
+            segment._replace(
+                tokens=[latest[segment.slot] if t == DRAWN else t for t in segment.tokens]
+            )
+            for segment in segments
+        ]
+        self._logits_WV.fill_(-7)
+        ran = super().run(known)
+        logits_WV = self._logits_WV[: len(ran.logits_WV)]
+        logits_WV.copy_(ran.logits_WV)
+        slots: list[int | None] = []
+        for segment in segments:
+            slots += [None] * segment.wanted
+            if segment.sampler is not None:
+                self._drawing.take(segment.slot, segment.sampler)
+                slots[-1] = segment.slot
+        if slots == [None] * len(slots) or not self.draws:
+            return ran._replace(logits_WV=logits_WV)
+        self._drawing.draw(logits_WV, self._drawing.place(slots))
+        return Ran(logits_WV, ran.shares, self._drawing.tokens_B[: len(slots)])
+
+    def leave(self, slot: int) -> None:
+        super().leave(slot)
+        self._drawing.leave(slot)
+
+
+WORDS = pytest.mark.parametrize("words", [PagedWords, DrawingWords])
 
 
 def random_request(random_: random.Random, name: str) -> SequenceRequest:
@@ -498,16 +542,18 @@ def random_request(random_: random.Random, name: str) -> SequenceRequest:
     level = random_.choice(["dense", "half"])
     settings = random_.choice([{}, {"temperature": 60.0, "seed": 5}])
     scored = random_.random() < 0.2
-    return ask(name, ids, most, level=level, prompt_logprobs=scored, logprobs=5, **settings)
+    asked = {"logprobs": random_.choice([5, None]), "ignore_eos": random_.random() < 0.6}
+    return ask(name, ids, most, level=level, prompt_logprobs=scored, **asked, **settings)
 
 
+@WORDS
 @pytest.mark.parametrize("seed", range(12))
-def test_random_operations(seed: int) -> None:
+def test_random_operations(seed: int, words: type[PagedWords]) -> None:
     """Answers stay those of the sequences alone, and no page is lost."""
     random_ = random.Random(seed)
     changes = {"max_rows": random_.choice([2, 5, 9]), "chunk_tokens": random_.choice([1, 9, 70])}
-    runner = PagedWords(random_.choice([9, 14, 40]), **changes)
-    batcher, requests, found = Batcher(runner), dict[str, SequenceRequest](), Events()
+    runner, ends = words(random_.choice([9, 14, 40]), **changes), frozenset([3])
+    batcher, requests, found = Batcher(runner, ends), dict[str, SequenceRequest](), Events()
     for number in range(300):
         action = random_.randrange(6)
         if action == 0 and len(requests) < 40:
@@ -534,7 +580,7 @@ def test_random_operations(seed: int) -> None:
     assert found.keys() == requests.keys()
     for id, request in requests.items():
         assert found[id][0].cached_tokens < len(request.ids)
-        alone_too = Batcher(PagedWords(40, max_rows=1))
+        alone_too = Batcher(PagedWords(40, max_rows=1), ends)
         assert answer(found[id]) == answer(run(alone_too, [request])[id])
 
 
@@ -578,23 +624,85 @@ def test_nobody_joins_without_pages_for_the_whole_prompt() -> None:
         assert len(run(batcher)) == 3 and batcher.status.preemptions == 0
 
 
-class Unwell(PagedWords):
+class Unwell(DrawingWords):
     """Computes no number behind token 4."""
+
+    def __init__(self, draws: bool) -> None:
+        super().__init__(12, max_rows=4)
+        self.draws = draws
 
     def _logits(self, segment: Segment, count: int) -> list[float]:
         if 4 in [self._stored[segment.pages[p // PAGE], p % PAGE][0] for p in range(count)]:
-            return [math.nan] * self.vocabulary
+            return [math.nan] * self.head
         return super()._logits(segment, count)
 
 
+@pytest.mark.parametrize("draws", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 60.0, "seed": 5}])
-def test_logits_that_are_not_numbers_end_their_own_sequence(settings: dict[str, Any]) -> None:
+def test_logits_that_are_not_numbers_end_their_own_sequence(
+    settings: dict[str, Any], draws: bool
+) -> None:
     text = [0, 1, 1] * 10
     well = ask("well", text, 1, logprobs=None, **settings)
     alone = run(Batcher(PagedWords(12, max_rows=4)), [well])["well"]
-    batcher = Batcher(Unwell(12, max_rows=4))
+    batcher = Batcher(Unwell(draws))
     events = run(batcher, [ask("unwell", [*text, 4], 9, logprobs=None, **settings), well])
     (ended,) = events["unwell"]
     assert ended.token is None and "logits are not numbers" in (ended.error or "")
     assert answer(events["well"]) == answer(alone)
     assert batcher.status.pages_held == 0
+
+
+class Steps(DrawingWords):
+    """Remembers what was run, and what was read behind it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(12, max_rows=4)
+        self.order: list[str] = []
+        real = HostCopy.wait
+
+        def wait(copy: HostCopy) -> torch.Tensor:
+            self.order.append("read")
+            return real(copy)
+
+        monkeypatch.setattr(HostCopy, "wait", wait)
+
+    def run(self, segments: Sequence[Segment]) -> Ran:
+        self.order.append(f"{sum(len(segment.tokens) for segment in segments)}")
+        return super().run(segments)
+
+
+def test_a_runner_that_draws_is_a_step_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row behind the last token is known to be of no use; behind an end token it is not."""
+    runner = Steps(monkeypatch)
+    batcher = Batcher(runner)
+    found = run(batcher, [ask("a", [0, 1], 4, logprobs=None)])
+    assert runner.order == ["2", "1", "read", "1", "read", "1", "read", "read"]
+    runner.order.clear()
+    ended = Batcher(runner, frozenset(t for t in tokens(found["a"])[1:2] if t is not None))
+    (event,) = run(ended, [ask("b", [0, 1, tokens(found["a"])[0] or 0], 4, logprobs=None,
+                              ignore_eos=False)])["b"]  # fmt: skip
+    assert event.finish_reason == "stop" and runner.order == ["3", "1", "read"]
+    # what was run for nothing is not taken for the answer of the next request of that name
+    runner.order.clear()
+    again = run(ended, [ask("b", [0, 1], 1, logprobs=None)])
+    assert tokens(again["b"]) == tokens(found["a"])[:1]
+    assert runner.order == ["2", "read", "read"]
+
+
+def test_a_token_without_an_embedding_ends_its_own_sequence() -> None:
+    """A model's head may be larger than its embeddings."""
+
+    class OneMore(DrawingWords):
+        vocabulary = 4
+
+        def _logits(self, segment: Segment, count: int) -> list[float]:
+            first, _ = self._stored[segment.pages[0], 0]
+            return [float(token == 4 - first) for token in range(self.head)]
+
+    asked = [ask(name, [first, 1], 4, logprobs=None) for first, name in enumerate("ab")]
+    found = run(Batcher(OneMore(12, max_rows=2)), asked)
+    (event,) = found["a"]
+    assert event.token is None and event.error is not None
+    assert event.error.startswith("token 4: the model's head gave it, and it has 4 embeddings")
+    assert tokens(found["b"]) == [3] * 4

@@ -26,7 +26,7 @@ from prune_llm.generation import decode
 from prune_llm.plan_runner import PlanRunner, padded
 from prune_llm.runners import new_runner, token_bytes
 from prune_llm.running_ahead import RunningAhead, runs_ahead
-from prune_llm.sampling import Sampler, SamplingParams
+from prune_llm.sampling import DRAWN, Sampler, SamplingParams
 from prune_llm.segments import BatchLimits, Segment
 from prune_llm.sequences import SequenceRequest
 from prune_llm_kernels import gpu
@@ -155,9 +155,19 @@ def test_batches_are_those_of_the_cpu(
     runner = gpu_runner(packed, monkeypatch, levels)
     assert len(runner.levels) > 1 if levels else runner.levels == ("dense",)
     ran: list[int | None] = []
-    real = GpuPlan.run
+    real, real_run, ahead = GpuPlan.run, PlanRunner.run, list[bool]()
     monkeypatch.setattr(GpuPlan, "run", lambda plan, rows: (ran.append(rows), real(plan, rows)))
+
+    def run_segments(runner: PlanRunner, segments: Sequence[Segment]) -> Any:
+        ahead.extend(segment.tokens[-1] == DRAWN for segment in segments)
+        with ValuesRead() as read:
+            result = real_run(runner, segments)
+        assert read.ops == []  # the device is not waited for
+        return result
+
+    monkeypatch.setattr(PlanRunner, "run", run_segments)
     found, shares = answers(runner)
+    assert ahead.count(True) == 4 * 3  # every token behind each sequence's first
     assert found == expected
     assert max(n for n in ran if n) > gpu.MAX_ROWS  # prompts beside answers
     assert {padded(n or 0, 29) for n in ran} == set(ran)
@@ -173,16 +183,16 @@ def test_tokens_are_drawn_where_the_logits_are(
     request.getfixturevalue("on_gpu")
     runner = gpu_runner(packed, monkeypatch, levels=False)
     looked_at: list[object] = []
-    monkeypatch.setattr("prune_llm.batching._largest", looked_at.append)
+    monkeypatch.setattr("prune_llm.outcomes._largest", looked_at.append)
     monkeypatch.setattr(Sampler, "__call__", lambda sampler, logits_V: looked_at.append(logits_V))
     found, _ = answers(runner, MIXED)
     assert found == expected and looked_at == []
 
 
-def test_scored_tokens_are_drawn_on_the_host(
+def test_scores_come_behind_the_tokens(
     packed: Path, on_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probabilities need the logits there: beside others whose tokens are drawn on the GPU."""
+    """Log-probabilities need logits on the host: of those that asked, a step later."""
     runner = gpu_runner(packed, monkeypatch, levels=False)
     batcher = Batcher(runner)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -193,6 +203,8 @@ def test_scored_tokens_are_drawn_on_the_host(
         for event in batcher.step():
             tokens[event.id].append(event.token)
             assert (event.score is None) == (event.id == "plain")
+            if event.score is not None:
+                assert event.score.id == event.score.top[0][0] == event.token
     assert tokens["scored"] == tokens["plain"] and len(tokens["plain"]) == 3
 
 
@@ -211,11 +223,12 @@ def test_logits_that_are_no_numbers_end_their_own_request(
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     batcher.add(SequenceRequest("good", (7, 8), params, "dense"))
     batcher.add(SequenceRequest("bad", (7, 9), params, "dense"))
-    events = [event for _ in range(2) for event in batcher.step()]
+    events = []
+    while not batcher.idle:
+        events += batcher.step()
     assert [event.error is None for event in events if event.id == "good"] == [True, True]
     (bad,) = [event for event in events if event.id == "bad"]
     assert bad.token is None and "not numbers" in (bad.error or "")
-    assert batcher.idle
 
 
 # -- one sequence, steps ahead of its tokens --------------------------------------------------

@@ -34,6 +34,7 @@ class Counting:
     """A runner that remembers what it was asked for; its next token is 1 + the last one."""
 
     name, shares, levels, vocabulary, context, pages = "counting", True, ("dense",), 99, 999, 99
+    draws = False
 
     def __init__(self, limits: BatchLimits, piece: int) -> None:
         self.limits, self.piece, self.runs, self.left = limits, piece, list[list[Segment]](), []

@@ -16,7 +16,7 @@ class Counting:
     """A runner that remembers how many rows of which levels were run together."""
 
     name, shares, piece, vocabulary, context, pages = "counting", True, 1, 9, 64, 99
-    levels = ("dense", "40%")
+    levels, draws = ("dense", "40%"), False
 
     def __init__(self, warm_rows: tuple[int, ...]) -> None:
         self.limits, self.warm_rows = BatchLimits(max_rows=8), warm_rows
