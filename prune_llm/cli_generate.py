@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from prune_llm.decoder import Draft
 from prune_llm.generation import Generation, Prompt, stream
+from prune_llm.speculative import Draft
 
 
 def run_generate(

@@ -27,6 +27,7 @@ from prune_llm.fused_block import FusedBlock
 from prune_llm.gpu_model import prepare
 from prune_llm.parts import ModelParts, OtherParts, read_parts
 from prune_llm.recording import Head, Recording, rotary_angles
+from prune_llm.speculative import Draft, SpeculativeDecoder
 from prune_llm.transformers_decoder import TransformersDecoder
 from prune_llm_kernels import tokens
 from prune_llm_kernels.kv_cache import KeyValueCache
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECK_TOKENS = 9
-MOST_DRAFTED = 15
 # relative distance of logits that rounding explains, and a missing factor or part does not
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
@@ -222,15 +222,11 @@ class PlanDecoder:
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
-        logits_V = self.run(self.whole_step, token, self.length)
-        self.length += 1
-        return logits_V
-
-    def run(self, step: WholeStep, token: int, position: int) -> Tensor:
-        """One row of a step over ``position_B``: logits [V] behind the token."""
+        step = self.whole_step
         step.blocks.x_BD[0] = self.parts.embedding_VD[token]
-        self.position_B[0] = position
+        self.position_B[0] = self.length
         step.blocks.plan.run()
+        self.length += 1
         return step.head.logits_BV[0]
 
 
@@ -240,85 +236,6 @@ class WholeStep:
 
     blocks: Recording
     head: Head
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Speculative decoding with the model's own sparser level (Leviathan et al. 2023).
-
-    Attributes:
-        level: that proposes; tokens: how many it proposes at a time.
-    """
-
-    level: str
-    tokens: int = 3
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.tokens <= MOST_DRAFTED:
-            raise ValueError(f"draft_tokens {self.tokens}: must be between 1 and {MOST_DRAFTED}")
-
-
-class SpeculativeDecoder:
-    """A draft level proposes tokens, the level asked for verifies them all in one run.
-
-    The logits are those of that level, bit for bit where it is "dense": a proposal is used only
-    when the caller draws the very same token, so any way of sampling stays exact.
-    """
-
-    def __init__(self, decoder: PlanDecoder, draft: Draft) -> None:
-        level = decoder.statistics().level
-        self.name = f"{decoder.name}, drafting at {draft.level}"
-        self._decoder, self._draft, self._level = decoder, draft, level
-        device = decoder.parts.device
-        self._positions_B = torch.full((draft.tokens + 1,), -1, device=device)
-        self._verifier = decoder.record(self._positions_B, level)
-        self._drafter = decoder.record(decoder.position_B, draft.level)
-        self._proposed: list[int] = []
-        self._used = self._drafted = self._accepted = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self._decoder.device
-
-    def prefill(self, ids: Sequence[int]) -> Tensor:
-        self._proposed, self._used = [], 0
-        return self._decoder.prefill(ids)
-
-    def step(self, token: int) -> Tensor:
-        if self._used < len(self._proposed) and token == self._proposed[self._used]:
-            self._used += 1
-            self._accepted += 1
-        else:
-            self._propose(token)
-            self._verify(token)
-        self._decoder.length += 1
-        return self._verifier.head.logits_BV[self._used]
-
-    def statistics(self) -> DecodeStatistics:
-        gates = self._drafter.blocks.gates
-        active, read = (None, None) if gates is None else (gates.active, gates.read)
-        counted = self._drafted, self._accepted
-        return DecodeStatistics(self._level, active, read, *counted, self._decoder.ways)
-
-    @torch.inference_mode()
-    def _propose(self, token: int) -> None:
-        """Greedy tokens behind the given one. What the draft caches is overwritten in verifying."""
-        start, self._proposed, self._used = self._decoder.length, [], 0
-        count = min(self._draft.tokens, self._decoder.capacity - start - 1)
-        for position in range(start, start + count):
-            logits_V = self._decoder.run(self._drafter, token, position)
-            token = int(logits_V.argmax())
-            self._proposed.append(token)
-        self._drafted += count
-
-    @torch.inference_mode()
-    def _verify(self, token: int) -> None:
-        rows = [token, *self._proposed]
-        self._positions_B.fill_(-1)
-        blocks, start = self._verifier.blocks, self._decoder.length
-        self._positions_B[: len(rows)] = torch.arange(start, start + len(rows))
-        blocks.x_BD[: len(rows)] = self._decoder.parts.embedding_VD[torch.tensor(rows)]
-        blocks.plan.run()
 
 
 def _keep(cache: KeyValueCache, keys_BKTD: Tensor, values_BKTD: Tensor) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from prune_llm.activation.levels import DENSE
 from prune_llm.decode_statistics import DecodeStatistics
-from prune_llm.decoder import Decoder, Draft, PlanDecoder, new_decoder
+from prune_llm.decoder import Decoder, PlanDecoder, new_decoder
 from prune_llm.running_ahead import RunningAhead, runs_ahead
 from prune_llm.sampling import Sampler, SamplingParams, model_defaults
+from prune_llm.speculative import Draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

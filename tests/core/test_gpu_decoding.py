@@ -29,6 +29,7 @@ from prune_llm.running_ahead import RunningAhead, runs_ahead
 from prune_llm.sampling import DRAWN, Sampler, SamplingParams
 from prune_llm.segments import BatchLimits, Segment
 from prune_llm.sequences import SequenceRequest
+from prune_llm.speculative import Draft
 from prune_llm_kernels import gpu
 from prune_llm_kernels.gpu_plan import GpuPlan
 
@@ -307,6 +308,26 @@ def test_statistics_are_counted_at_the_end(packed: Path, ahead: list[int]) -> No
     *before, last = [piece.generation.statistics for piece in pieces]
     assert [found.active for found in before] == [None] * len(before)
     assert last.active is not None and 0.2 < last.active < 0.9 and last.level == level
+
+
+def test_drafting_waits_for_nothing_but_what_was_drafted(packed: Path, on_gpu: None) -> None:
+    model = on_device(packed)
+    level = add_levels(model).levels[-1].name
+    plain = new_decoder(model, 64)
+    expected = [plain.prefill(PROMPT[:5]).clone()]
+    for _ in range(5):
+        expected.append(plain.step(int(expected[-1].argmax())).clone())
+    decoder = new_decoder(model, 64, draft=Draft(level, 2))
+    found, waits = [decoder.prefill(PROMPT[:5]).clone()], []
+    for _ in range(5):
+        token = int(found[-1].argmax())
+        with ValuesRead() as read:
+            found.append(decoder.step(token).clone())
+        waits += read.ops
+    assert waits == [] and decoder.statistics().drafted >= 2
+    for one, other in zip(found, expected, strict=True):
+        assert int(one.argmax()) == int(other.argmax())
+        assert torch.allclose(one.float(), other.float(), atol=2e-3 * float(other.std()))
 
 
 class Letters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from prune_llm.activation.gates import Gates, channel_scales
 from prune_llm.activation.levels import ActivationSite, Level, LevelTable
 from prune_llm.activation.sites import table_sites
 from prune_llm.channel_linear import ChannelLinear
-from prune_llm.decoder import Draft, PlanDecoder, SpeculativeDecoder, new_decoder, recordable
+from prune_llm.decoder import PlanDecoder, new_decoder, recordable
 from prune_llm.generation import generate
 from prune_llm.sparse_linear import SparseLinear
+from prune_llm.speculative import Draft, SpeculativeDecoder
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +183,27 @@ def test_verification_computes_the_very_bits_of_single_steps(dense_llama: Path) 
     for one, other in zip(found, converted, strict=True):
         assert torch.equal(one, other)
     assert len(found) == len(expected)
+
+
+def test_drafted_tokens_without_an_embedding_are_never_taken(dense_llama: Path) -> None:
+    model = prune_llm.load(dense_llama)
+    add_levels(model)
+    decoder = new_decoder(model, 128, "dense", Draft("dense", 3))
+    assert isinstance(decoder, SpeculativeDecoder)
+    for first in range(100):
+        token = int(decoder.prefill([first]).argmax())
+        logits_V = decoder.step(token).clone()
+        beyond = int(logits_V.argmax())  # drafted behind that token
+        if beyond > max(first, token):
+            break
+    else:
+        raise AssertionError("no prompt with such a continuation")
+    whole = decoder._decoder
+    whole.parts = replace(whole.parts, embedding_VD=whole.parts.embedding_VD[:beyond])
+    decoder.prefill([first])
+    assert torch.equal(decoder.step(token), logits_V)
+    with pytest.raises(ValueError, match=f"token {beyond}: the model's head gave it"):
+        decoder.step(beyond)
 
 
 def test_levels_that_do_not_exist_are_listed(dense_llama: Path) -> None:
