@@ -277,21 +277,24 @@ def _names_in_fused(model: PreTrainedModel, fused: dict[str, str]) -> dict[str, 
 
 def _in_memory(model: PreTrainedModel, disk_names: Iterable[str]) -> dict[str, str]:
     """What a tensor on disk is called in the model; one that needs conversion keeps its name."""
+    state = model.state_dict(keep_vars=True)
+    found = {name: name for name in disk_names}
+    others = [name for name in found if name not in state]
+    if not others:  # transformers takes half a second to put its rules together
+        return found
+
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    state = model.state_dict(keep_vars=True)
     mapping = [rule for rule in get_model_conversion_mapping(model) if not is_expert_merge(rule)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
-    found = {}
-    for disk_name in disk_names:
-        found[disk_name] = disk_name
-        if disk_name not in state:
-            name, converter = rename_source_key(
-                disk_name, renamings, converters, model.base_model_prefix, state
-            )
-            found[disk_name] = disk_name if converter is not None else str(name)
+    for disk_name in others:
+        name, converter = rename_source_key(
+            disk_name, renamings, converters, model.base_model_prefix, state
+        )
+        if converter is None:
+            found[disk_name] = str(name)
     return found
 
 

@@ -222,7 +222,7 @@ class Walk:
             ValueError: what a block receives beside the hidden states depends on the tokens.
         """
         _, first = self._first_call(ids_ST)
-        with told(self.architecture.block_name(0)):
+        with told(self.architecture.block_name(0)), WideProducts(), FastAttention():
             answer = first.run(self.architecture.blocks[0], hidden_STD.to(self.device))
         self._rest = answer[1:] if isinstance(answer, tuple) else None
         calls = self._pass_through(ids_ST)
