@@ -62,9 +62,14 @@ INLINE typename P::W next_columns(uint64_t mask, int c, const char** at) {
   return P::expand(bits, value);
 }
 
-// One word of kWord outputs of a group of channels, added to the sums of B rows.
+// One word of kWord outputs of a group of channels, added to the sums of B rows. May be specialised.
+template <class P, bool Packed, int B> struct Word {
+  static void add(const char** at, const typename P::X* x, float* sums, int64_t pitch);
+};
+
 template <class P, bool Packed, int B>
-INLINE void add_word(const char** at, const typename P::X* x, float* sums, int64_t pitch) {
+INLINE void Word<P, Packed, B>::add(const char** at, const typename P::X* x, float* sums,
+                                    int64_t pitch) {
   typedef Columns<P> C;
   uint64_t mask[kGroup];
   UNROLL for (int k = 0; Packed && k < kGroup; ++k) {
@@ -116,7 +121,7 @@ template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
         UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 2);
       // and a little ahead to the first
       UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.at[k] + kNearBytes, 0, 3);
-      add_word<P, Packed, B>(s.at, x, sums + c, width);
+      Word<P, Packed, B>::add(s.at, x, sums + c, width);
     }
     const bool pause = (n + kGroup - a->begin) % sum_channels_of<typename P::Elem>() == 0;
     if (!pause && n + kGroup < a->end) continue;

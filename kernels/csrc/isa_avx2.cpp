@@ -56,7 +56,7 @@ struct FloatAccumulator {
 };
 
 struct BF16Lanes {
-  static INLINE __m256 spread(uint32_t mask, const uint16_t* p) {
+  static INLINE __m256 spread(uint64_t mask, const uint16_t* p) {
     // the shuffle stays inside 128 bits: both halves get the same 8 values
     const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
     const __m256i order = _mm256_load_si256((const __m256i*)kTables.floats[mask]);
@@ -77,7 +77,7 @@ struct BF16Lanes {
 };
 
 struct F16Lanes {
-  static INLINE __m256 spread(uint32_t mask, const uint16_t* p) {
+  static INLINE __m256 spread(uint64_t mask, const uint16_t* p) {
     const __m128i order = _mm_load_si128((const __m128i*)kTables.halves[mask]);
     return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p), order));
   }
@@ -136,6 +136,27 @@ template <class Lanes> struct HalfWords : FloatAccumulator {
   }
   static INLINE float to_float(Elem value) { return Lanes::to_float(value); }
   static INLINE Elem from_float(float value) { return Lanes::from_float(value); }
+};
+
+// One row: the sums of a whole word stay in registers while channel after channel is added.
+template <class Lanes> struct Word<HalfWords<Lanes>, true, 1> {
+  static INLINE void add(const char** at, const float* x, float* sums, int64_t) {
+    enum { kParts = kWord / 8 };
+    __m256 sum[kParts];
+    UNROLL for (int c = 0; c < kParts; ++c) sum[c] = _mm256_loadu_ps(sums + 8 * c);
+    UNROLL for (int k = 0; k < kGroup; ++k) {
+      const uint8_t* mask = (const uint8_t*)at[k];
+      const uint16_t* values = (const uint16_t*)(at[k] + kMaskBytes);
+      const __m256 factor = _mm256_set1_ps(x[k]);
+      UNROLL for (int c = 0; c < kParts; ++c) {
+        const uint64_t bits = mask[c];
+        sum[c] = _mm256_fmadd_ps(Lanes::spread(bits, values), factor, sum[c]);
+        values += __builtin_popcountll(bits);
+      }
+      at[k] = (const char*)values;
+    }
+    UNROLL for (int c = 0; c < kParts; ++c) _mm256_storeu_ps(sums + 8 * c, sum[c]);
+  }
 };
 
 struct F32 : FloatAccumulator {
