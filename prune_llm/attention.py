@@ -15,7 +15,7 @@ class FastAttention(TorchFunctionMode):
     """Send causal attention over whole sequences to our kernel where it can take it.
 
     On a CPU with bfloat16 instructions it takes a third of the time of torch's own, at the same
-    error against float64; everything else runs as it is.
+    error against float64; with AVX2 half to three quarters, at less. All else runs as it is.
     """
 
     def __torch_function__(

@@ -8,7 +8,9 @@ A case is a weight sparsity and a share of skipped inputs: W50A40 prunes 50 % an
 a dense weight. The list of channels is made inside the timed call, from inputs and a threshold.
 Weights rotate over copies that exceed every cache; implementations and the read bandwidth are timed
 in turn, figures are medians. "limit" is the share of the byte limit: bytes of the channels that are
-read / measured bandwidth / time. A result that is wrong is not timed: the run stops.
+read / measured bandwidth / time. "cores" is how much more arithmetic in the cache all threads do
+than one: on a shared machine two may be one core for a while. A result that is wrong is not
+timed: the run stops.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -45,6 +48,7 @@ class Row:
     seconds: float
     read_bytes: float
     bandwidth: float
+    cores: float
 
     @property
     def limit(self) -> float:
@@ -55,11 +59,11 @@ class Row:
             f"| {self.out_features}x{self.in_features} | {self.case} | {self.batch} |"
             f" {self.threads} | {self.torch_seconds * 1e3:.3f} |"
             f" {self.torch_seconds / self.seconds:.2f}x ({self.limit:.2f}) |"
-            f" {self.bandwidth / 1e9:.1f} |"
+            f" {self.bandwidth / 1e9:.1f} | {self.cores:.1f} |"
         )
 
 
-HEADER = "| O x I | case | batch | threads | torch dense ms | ours (limit) | read GB/s |"
+HEADER = "| O x I | case | batch | threads | torch dense ms | ours (limit) | read GB/s | cores |"
 
 
 def make_channels(weight: Tensor) -> list[ChannelWeight]:
@@ -95,6 +99,23 @@ def check(x: Tensor, weight: Tensor, gate: Gate, plan: CpuPlan, out: Tensor) -> 
         raise SystemExit(f"channels are wrong by {error:.3g} (allowed {allowed:.3g}): not timed")
 
 
+def cores(threads: int) -> float:
+    """Products in the cache by all threads at once, over what one does alone in that time."""
+    operands = [torch.rand(3, 192, 192).unbind() for _ in range(threads)]
+
+    def multiply(abc: tuple[Tensor, ...]) -> None:
+        torch.set_num_threads(1)
+        for _ in range(4):
+            torch.mm(abc[0], abc[1], out=abc[2])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(multiply, operands))  # starts the threads
+        one = seconds(lambda: multiply(operands[0]))
+        together = seconds(lambda: list(pool.map(multiply, operands)))
+    torch.set_num_threads(threads)
+    return threads * one / together
+
+
 def bench_case(O: int, I: int, case: str, batch: int, rounds: int, buffer: Tensor) -> Row:
     pruned, skipped = parse_case(case)
     weight = (torch.randn(O, I).abs() + 1).bfloat16()  # no zero but the pruned
@@ -114,15 +135,20 @@ def bench_case(O: int, I: int, case: str, batch: int, rounds: int, buffer: Tenso
         "read": lambda i: cpu.read_all(buffer),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
+    threads, found = torch.get_num_threads(), []
     for i in range(rounds + 2):
+        found.append(cores(threads))
         for name, call in calls.items():
             elapsed = seconds(lambda call=call, i=i: call(i))  # type: ignore[misc]
             if i >= 2:
                 times[name].append(elapsed)
     torch_seconds, ours, read = (statistics.median(times[name]) for name in calls)
-    threads = torch.get_num_threads()
     bytes_read = copies[0].nbytes * share
-    return Row(O, I, case, batch, threads, torch_seconds, ours, bytes_read, buffer.nbytes / read)
+    bandwidth = buffer.nbytes / read
+    return Row(
+        O, I, case, batch, threads, torch_seconds, ours, bytes_read, bandwidth,
+        statistics.median(found),
+    )  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -151,7 +177,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     lines = [", ".join(f"{key} {value}" for key, value in about.items()), "", HEADER]
-    lines.append("|---" * 7 + "|")
+    lines.append("|---" * 8 + "|")
     print("\n".join(lines), flush=True)
     buffer, rows = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64), []
     for O, I in shapes:

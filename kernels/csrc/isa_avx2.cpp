@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "channel_loops.h"
+#include "tokens.h"
 
 namespace {
 
@@ -208,6 +209,8 @@ constexpr Isa kTable = {
      decode_kernel<DecodeF32<4>>()},
     {channel_kernel<HalfWords<BF16Lanes>>(), channel_kernel<HalfWords<F16Lanes>>(),
      channel_kernel<F32>()},
+    nullptr,
+    &attention_avx2,
 };
 
 }  // namespace

@@ -105,7 +105,8 @@ uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
 
 void huge_pages(uintptr_t data, int64_t bytes) { use_huge_pages(at<void>(data), bytes); }
 
-bool has_token_kernels(int isa) { return isa_at(isa).gram && isa_at(isa).attention; }
+bool has_gram(int isa) { return isa_at(isa).gram; }
+bool has_attention(int isa) { return isa_at(isa).attention; }
 
 void gram_add(int isa, int threads, uintptr_t x, int64_t tokens, int64_t width, uintptr_t packed,
               uintptr_t sum) {
@@ -283,8 +284,10 @@ NB_MODULE(_C, module) {
              nb::arg("out_features"), nb::arg("in_features"), nb::arg("nnz"), nb::arg("out"),
              nb::arg("begin"), nb::arg("end"), Unlocked(),
              "Rows begin to end of a packed weight, dense, to out [end - begin, I].");
-  module.def("has_token_kernels", &has_token_kernels, nb::arg("isa"),
-             "Whether an instruction set has gram_add, cross_add and causal_attention.");
+  module.def("has_gram", &has_gram, nb::arg("isa"),
+             "Whether an instruction set has gram_add and cross_add.");
+  module.def("has_attention", &has_attention, nb::arg("isa"),
+             "Whether an instruction set has causal_attention.");
   module.def("gram_add", &gram_add, nb::arg("isa"), nb::arg("threads"), nb::arg("x"),
              nb::arg("tokens"), nb::arg("width"), nb::arg("packed"), nb::arg("sum"), Unlocked(),
              "sum [I, I] += x^T x on and below the diagonal, x [T, I] bfloat16.");

@@ -22,14 +22,19 @@ GRAM_PANEL = 48  # kGramPanel of csrc/tokens.h
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
     """What multiplies tokens of this kind: an instruction set, or "torch" where we have none."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return "torch"
-    if os.environ.get("PRUNE_LLM_BACKEND") == "reference" or not _built():
+    if not _ours(device, dtype):
         return "torch"
     from prune_llm_kernels import _C, cpu
 
     index = cpu.isa_index()
-    return cpu.isa_names()[index] if _C.has_token_kernels(index) else "torch"
+    return cpu.isa_names()[index] if _C.has_gram(index) else "torch"
+
+
+def _ours(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there may be a kernel for products of tokens."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    return os.environ.get("PRUNE_LLM_BACKEND") != "reference" and _built()
 
 
 def _built() -> bool:
@@ -134,14 +139,19 @@ def supports_causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) ->
         and tokens > 0
         and all(x.dtype == torch.bfloat16 and x.stride(3) == 1 for x in (q_BHTD, k_BKTD, v_BKTD))
     )
-    return fits and kernel_name(q_BHTD.device, q_BHTD.dtype) != "torch"
+    if not fits or not _ours(q_BHTD.device, q_BHTD.dtype):
+        return False
+    from prune_llm_kernels import _C, cpu
+
+    return _C.has_attention(cpu.isa_index())
 
 
 def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T, causal) v, bfloat16 [B, H, T, D]; query heads share key-value heads.
 
-    Scores and softmax are float32; the weights are rounded to bfloat16 for the second product, as
-    torch's own kernel does. Does not depend on the number of threads.
+    Scores and softmax are float32. Where products are bfloat16 (AVX-512 with BF16) the weights are
+    rounded to it for the second one, as torch's own kernel does. Does not depend on the number of
+    threads.
 
     Raises:
         ValueError: tensors that `supports_causal_attention` refuses.
