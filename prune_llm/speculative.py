@@ -101,7 +101,8 @@ class SpeculativeDecoder:
         known = len(decoder.parts.embedding_VD)
         if token >= known:
             raise ValueError(no_embedding(token, known))
-        self._count = min(self._draft.tokens, decoder.capacity - decoder.length - 1)
+        left = decoder.capacity - decoder.length - 1  # behind the given token
+        self._count = max(0, min(self._draft.tokens, left))
         self._tokens_B[0] = token
         decoder.position_B.fill_(decoder.length)
         for place in range(self._count):
