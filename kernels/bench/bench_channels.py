@@ -18,7 +18,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from cases import parse_case
 from torch import Tensor
 from torch.nn import functional as F
 
-from prune_llm_kernels import ChannelWeight, cpu, reference, to_channels
+from prune_llm_kernels import ChannelWeight, cpu, reference, to_channels, tokens
 from prune_llm_kernels.cpu_plan import CpuPlan
 from prune_llm_kernels.plan import Gate
 
@@ -100,20 +99,19 @@ def check(x: Tensor, weight: Tensor, gate: Gate, plan: CpuPlan, out: Tensor) -> 
 
 
 def cores(threads: int) -> float:
-    """Products in the cache by all threads at once, over what one does alone in that time."""
-    operands = [torch.rand(3, 192, 192).unbind() for _ in range(threads)]
+    """How much sooner all threads are done than one with arithmetic on what the caches hold.
 
-    def multiply(abc: tuple[Tensor, ...]) -> None:
-        torch.set_num_threads(1)
-        for _ in range(4):
-            torch.mm(abc[0], abc[1], out=abc[2])
+    A little less than the cores they have: calls and waking take time as well.
+    """
+    gate, up = torch.randn(2, 160, 1024).bfloat16().unbind()
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(multiply, operands))  # starts the threads
-        one = seconds(lambda: multiply(operands[0]))
-        together = seconds(lambda: list(pool.map(multiply, operands)))
-    torch.set_num_threads(threads)
-    return threads * one / together
+    def elapsed(count: int) -> float:
+        torch.set_num_threads(count)
+        tokens.silu_mul(gate, up)
+        return seconds(lambda: [tokens.silu_mul(gate, up) for _ in range(15)])
+
+    one, together = elapsed(1), elapsed(threads)
+    return one / together
 
 
 def bench_case(O: int, I: int, case: str, batch: int, rounds: int, buffer: Tensor) -> Row:
