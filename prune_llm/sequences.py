@@ -85,7 +85,7 @@ class LiveSequence:
             adopted.
         slot: among the running; None: waits. joined: it ran before.
         cached: tokens of the prompt that were adopted.
-        scores: of the prompt's tokens so far. asked: how many runs were asked for.
+        scores: of the prompt's tokens so far. asked: how many of them were asked of a run.
         active_rows: behind the prompt; active_sum: over them, of the shares that counted.
     """
 

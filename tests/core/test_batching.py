@@ -532,9 +532,6 @@ class DrawingWords(PagedWords):
         self._drawing.leave(slot)
 
 
-WORDS = pytest.mark.parametrize("words", [PagedWords, DrawingWords])
-
-
 def random_request(random_: random.Random, name: str) -> SequenceRequest:
     length, most = random_.randrange(1, 90), random_.randrange(40)
     ids = [0] * length if random_.random() < 0.5 else [random_.randrange(2) for _ in range(length)]
@@ -546,7 +543,7 @@ def random_request(random_: random.Random, name: str) -> SequenceRequest:
     return ask(name, ids, most, level=level, prompt_logprobs=scored, **asked, **settings)
 
 
-@WORDS
+@pytest.mark.parametrize("words", [PagedWords, DrawingWords])
 @pytest.mark.parametrize("seed", range(12))
 def test_random_operations(seed: int, words: type[PagedWords]) -> None:
     """Answers stay those of the sequences alone, and no page is lost."""

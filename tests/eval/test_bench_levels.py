@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_modules import eval_bench
 from tiny_models import PROMPT, add_levels, llama_config, save_model
 
 import prune_llm
 from prune_llm.decoder import PlanDecoder, new_decoder
 
-BENCH = Path(__file__).parents[2] / "eval" / "bench"
-
 
 @pytest.fixture
 def bench() -> Iterator[Any]:
-    """Its modules find each other as they do when the script runs."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        import bench_levels
-
-        yield bench_levels
-    finally:
-        sys.path.remove(str(BENCH))
+    with eval_bench("bench_levels") as module:
+        yield module
 
 
 def test_what_drafting_costs(bench: Any, tmp_path: Path) -> None:

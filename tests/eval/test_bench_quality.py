@@ -11,21 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from bench_modules import eval_bench
 
-BENCH = Path(__file__).parents[2] / "eval" / "bench"
 WIKI = " = A = \n\n one \n = = Part = = \n two \n = B = \n three \n = C = \n four \n"
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Any]:
-    """Its modules find each other as they do when the script runs."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        import bench_quality
-
-        yield bench_quality
-    finally:
-        sys.path.remove(str(BENCH))
+    with eval_bench("bench_quality") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
