@@ -1,5 +1,6 @@
 // AVX-512 F, BW, VL, DQ without VBMI2 and BF16: 16-bit values are widened, then expanded.
 #include "avx512.h"
+#include "tokens.h"
 
 namespace {
 
@@ -12,6 +13,8 @@ constexpr Isa kTable = {
      decode_kernel<DecodeF32<8>>()},
     {channel_kernel<FloatPairs<BF16Lanes>>(), channel_kernel<FloatPairs<F16Lanes>>(),
      channel_kernel<FloatPairs<F32Lanes>>()},
+    nullptr,
+    &attention_avx512,
 };
 
 }  // namespace

@@ -20,10 +20,12 @@ bool can_run_avx512() {
          __builtin_cpu_supports("bmi2");
 }
 
+bool can_run_avx512vbmi2() { return can_run_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
+
 bool can_run_avx512bf16() {
-  return can_run_avx512() && __builtin_cpu_supports("avx512vbmi2") &&
-         __builtin_cpu_supports("avx512bf16");
+  return can_run_avx512vbmi2() && __builtin_cpu_supports("avx512bf16");
 }
+
 
 // Every processor with AVX2 and FMA has F16C.
 bool can_run_avx2() {
@@ -149,10 +151,21 @@ struct UnpackCall {
 
 }  // namespace
 
+bool has_slow_pairs() {
+#if defined(PRUNE_LLM_X86)
+  return can_run_avx512bf16() && __builtin_cpu_is("intel");  // see isa_avx512vbmi2.cpp
+#else
+  return false;
+#endif
+}
+
 int supported_isas(const Isa* found[kMaxIsas]) {
   int count = 0;
 #if defined(PRUNE_LLM_X86)
-  if (can_run_avx512bf16()) found[count++] = isa_avx512bf16();
+  const bool pairs = can_run_avx512bf16();
+  if (pairs && !has_slow_pairs()) found[count++] = isa_avx512bf16();
+  if (can_run_avx512vbmi2()) found[count++] = isa_avx512vbmi2();
+  if (pairs && has_slow_pairs()) found[count++] = isa_avx512bf16();
   if (can_run_avx512()) found[count++] = isa_avx512();
   if (can_run_avx2()) found[count++] = isa_avx2();
 #elif defined(PRUNE_LLM_NEON)

@@ -6,8 +6,12 @@
 
 #include "kernels.h"
 
+// Whether the machine has dot products of bf16 pairs that take longer than the multiply-adds they stand
+// for.
+bool has_slow_pairs();
+
 // The instruction sets that this machine can run, fastest first; returns how many.
-enum { kMaxIsas = 4 };
+enum { kMaxIsas = 5 };
 int supported_isas(const Isa* found[kMaxIsas]);
 
 enum class Fault {

@@ -274,6 +274,8 @@ NB_MODULE(_C, module) {
   module.def("check", &check, nb::arg("bitmask"), nb::arg("offsets"), nb::arg("offset_bytes"),
              nb::arg("out_features"), nb::arg("in_features"), nb::arg("nnz"), Unlocked(),
              "(fault, row, expected, found) of the first fault; fault is empty without one.");
+  module.def("has_slow_pairs", &has_slow_pairs,
+             "Whether dot products of bfloat16 pairs are slower than float32's multiply-adds.");
   module.def("linear", &linear, nb::arg("isa"), nb::arg("dtype"), nb::arg("threads"), nb::arg("x"),
              nb::arg("batch"), nb::arg("bitmask"), nb::arg("values"), nb::arg("offsets"),
              nb::arg("offset_bytes"), nb::arg("out_features"), nb::arg("in_features"),

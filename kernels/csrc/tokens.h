@@ -43,6 +43,7 @@ extern "C" {
 #endif
 const GramKernel* gram_avx512bf16(void);
 const AttentionKernel* attention_avx512bf16(void);
+const AttentionKernel* attention_avx512(void);
 const AttentionKernel* attention_avx2(void);
 #ifdef __cplusplus
 }

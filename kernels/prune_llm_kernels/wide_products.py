@@ -1,8 +1,11 @@
-"""Products of 16-bit matrices in float32, for CPUs without 16-bit multiply instructions.
+"""Products of 16-bit matrices in float32, for CPUs whose 16-bit multiply instructions are slow.
 
-On such a CPU (AVX2 only, say) torch multiplies bfloat16 and float16 matrices without its GEMM
-library: many rows take 4 to 7 times as long as in float32. A float32 product of the same values,
-rounded once at its end, is as exact and costs one conversion of each operand.
+On a CPU without any (AVX2 only, say) torch multiplies bfloat16 and float16 matrices without its
+GEMM library: many rows take 4 to 7 times as long as in float32. Intel's cores with AVX-512 BF16 take
+three to four times as long for a dot product of pairs as for a multiply-add, which is half of it;
+where AMX is missing or hidden (in many virtual machines), many rows take 1.4 to 2.6 times as long.
+A float32 product of the same values, rounded once at its end, is as exact and costs one conversion
+of each operand.
 
 Shape letters: T = rows (tokens), I = inner features, O = output features.
 """
@@ -10,6 +13,7 @@ Shape letters: T = rows (tokens), I = inner features, O = output features.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# fewer rows do not pay for converting the weight (measured: 16 rows lose, 128 gain 3 times)
-MIN_ROWS = 64
-# of a weight's float32 copy; a larger one is converted and multiplied a slice at a time
-SLICE_BYTES = 32 * 2**20
+from prune_llm_kernels import _C
+
+# fewer rows do not pay for converting the weight: without a library (measured: 16 rows lose, 128 gain
+# 3 times), and with a slow one (measured: 128 rows lose by a large weight, 256 gain)
+MIN_ROWS, MIN_ROWS_OF_PAIRS = 64, 256
+# of a weight's float32 copy; a larger one is converted and multiplied a slice at a time. Memory that
+# malloc maps for each costs a fault a page, so they stay below the 8 MB that `prune_llm.memory` sets
+# (measured: 4096 x 4096 by 512 rows takes 63 ms, in slices of 32 MB 74)
+SLICE_BYTES = 6 * 2**20
 
 # dtype -> what tells whether torch's GEMM library has it natively
 _CHECKS = {
@@ -30,15 +39,18 @@ _CHECKS = {
 
 
 @functools.cache
-def slow_dtypes() -> frozenset[torch.dtype]:
-    """The 16-bit types that torch multiplies slowly on this CPU."""
+def slow_dtypes() -> dict[torch.dtype, int]:
+    """The 16-bit types that torch multiplies slowly on this CPU, and from how many rows on."""
     names = {dtype: name for dtype, name in _CHECKS.items() if hasattr(torch.ops.mkldnn, name)}
-    return frozenset(d for d, name in names.items() if not getattr(torch.ops.mkldnn, name)())
+    slow = {d: MIN_ROWS for d, name in names.items() if not getattr(torch.ops.mkldnn, name)()}
+    if _C.has_slow_pairs() and not torch.cpu._is_amx_tile_supported():
+        slow.setdefault(torch.bfloat16, MIN_ROWS_OF_PAIRS)
+    return slow
 
 
 def pays(x: Tensor, rows: int) -> bool:
     """Whether a product of that many rows of x's type is faster in float32."""
-    return rows >= MIN_ROWS and x.device.type == "cpu" and x.dtype in slow_dtypes()
+    return x.device.type == "cpu" and rows >= slow_dtypes().get(x.dtype, sys.maxsize)
 
 
 def product(x_TI: Tensor, weight_IO: Tensor, bias_O: Tensor | None = None) -> Tensor:

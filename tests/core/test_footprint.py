@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def foreseen(model: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Job, Footprint]:
     monkeypatch.setattr("prune_llm.footprint.resident_memory", lambda: 1000)
-    monkeypatch.setattr("prune_llm.footprint.slow_dtypes", frozenset)
+    monkeypatch.setattr("prune_llm.footprint.slow_dtypes", dict)
     text = Calibration(torch.zeros(6, 32, dtype=torch.int64), "none", 1, 192)
     config = PruneConfig(**{"method": "wanda", "device": "cpu", **changes})
     job = Job.open(model, config, torch.device("cpu"), None, text)
@@ -62,7 +62,7 @@ def test_sparsegpt_by_hand(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_products_in_float32_are_foreseen(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, plain = foreseen(model, monkeypatch)
-    monkeypatch.setattr("prune_llm.footprint.slow_dtypes", lambda: frozenset({torch.bfloat16}))
+    monkeypatch.setattr("prune_llm.footprint.slow_dtypes", lambda: {torch.bfloat16: 64})
     assert footprint(job).memory - plain.memory == 4 * 6 * 32 * F + 4 * D * F
 
 

@@ -16,7 +16,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without 16-bit instructions, whatever this one is."""
-    monkeypatch.setattr(wide_products, "slow_dtypes", lambda: frozenset(DTYPES))
+    monkeypatch.setattr(wide_products, "slow_dtypes", lambda: dict.fromkeys(DTYPES, MIN_ROWS))
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_gradients_flow_through_widened_products(slow: None) -> None:
 
 
 def test_a_cpu_with_the_instructions_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_products, "slow_dtypes", frozenset)
+    monkeypatch.setattr(wide_products, "slow_dtypes", dict)
     monkeypatch.setattr(wide_products, "product", None)  # calling it would fail
     with WideProducts():
         nn.Linear(8, 8).bfloat16()(torch.randn(100, 8).bfloat16())

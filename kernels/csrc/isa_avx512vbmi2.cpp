@@ -1,0 +1,118 @@
+// AVX-512 with VBMI2 (expand of 16-bit lanes): bf16 weights are expanded, then multiplied as floats.
+//
+// Also the faster way where there are dot products of bf16 pairs, on Intel's cores: there one takes
+// two cycles of a port, of which the expand needs most, and multiply-adds run on two (measured on
+// Emerald Rapids, eval/reports/LOG.md).
+#include "avx512vbmi2.h"
+#include "decode_loops.h"
+#include "tokens.h"
+
+namespace {
+
+// 32 bf16 as floats: those of even lanes, and those of odd lanes.
+struct Parted {
+  __m512 even, odd;
+};
+
+INLINE Parted as_floats(__m512i halves) {
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+  return Parted{_mm512_castsi512_ps(_mm512_slli_epi32(halves, 16)),
+                _mm512_castsi512_ps(_mm512_and_si512(halves, upper))};
+}
+
+struct BF16 : HalfWords {
+  typedef float X;
+  enum { kTileRows = 4 };
+  // of 32 columns the even ones come first
+  static INLINE int64_t place(int64_t c) { return c / 32 * 32 + c % 2 * 16 + c % 32 / 2; }
+  static INLINE Acc fma(Acc acc, W w, const X* x) {
+    const Parted low = as_floats(w.low), high = as_floats(w.high);
+    acc = _mm512_fmadd_ps(low.even, _mm512_loadu_ps(x), acc);
+    acc = _mm512_fmadd_ps(low.odd, _mm512_loadu_ps(x + 16), acc);
+    acc = _mm512_fmadd_ps(high.even, _mm512_loadu_ps(x + 32), acc);
+    return _mm512_fmadd_ps(high.odd, _mm512_loadu_ps(x + 48), acc);
+  }
+  static INLINE float to_float(Elem value) { return bf16_to_float(value); }
+  static INLINE Elem from_float(float value) { return float_to_bf16(value); }
+};
+
+template <> struct Unit<BF16> {
+  typedef Parted W;
+  enum { kCols = 32 };
+  static INLINE W load(const uint16_t* p) { return as_floats(_mm512_loadu_si512(p)); }
+  static INLINE __m512 fma(__m512 acc, W w, const float* x) {
+    acc = _mm512_fmadd_ps(w.even, _mm512_loadu_ps(x), acc);
+    return _mm512_fmadd_ps(w.odd, _mm512_loadu_ps(x + 16), acc);
+  }
+};
+
+// Sums lie as the floats do: of 32 outputs the even ones first.
+template <> struct Columns<BF16> {
+  static INLINE void ordered(const float* sums, float* out) {
+    UNROLL for (int c = 0; c < kWord; ++c) out[c] = sums[BF16::place(c)];
+  }
+};
+
+// 32 mask bits of a word, for counting: a load of its own, so that the compiler does not take them
+// from the mask register, which costs a port that multiplies.
+INLINE uint32_t bits_at(const char* mask) {
+  uint32_t bits = load_word<uint32_t>((const uint8_t*)mask);
+  asm("" : "+r"(bits));
+  return bits;
+}
+
+// Half a word at a time, so that the sums of eight rows stay in registers while channel after channel
+// is added. Each half of a mask goes from memory to a mask register.
+template <bool Packed, int B> struct Word<BF16, Packed, B> {
+  static INLINE Parted weights(const char* mask, const char* values) {
+    __m512i found = load_apart(values);
+    if (Packed)
+      found = _mm512_maskz_expand_epi16(_load_mask32((__mmask32*)mask), found);
+    return as_floats(found);
+  }
+  static INLINE void add(const char** at, const float* x, float* sums, int64_t pitch) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+      Parted sum[B];
+      UNROLL for (int b = 0; b < B; ++b) {
+        const float* place = sums + b * pitch + 32 * half;
+        sum[b] = Parted{_mm512_loadu_ps(place), _mm512_loadu_ps(place + 16)};
+      }
+      UNROLL for (int k = 0; k < kGroup; ++k) {
+        const char* mask = at[k] + 4 * half;
+        const char* values = at[k] + (Packed ? kMaskBytes : 0);
+        if (half) values += 2 * (Packed ? __builtin_popcount(bits_at(at[k])) : 32);
+        const Parted w = weights(mask, values);
+        if (half) at[k] = values + 2 * (Packed ? __builtin_popcount(bits_at(mask)) : 32);
+        UNROLL for (int b = 0; b < B; ++b) {
+          const __m512 factor = _mm512_set1_ps(x[(k / 2 * B + b) * 2 + k % 2]);
+          sum[b].even = _mm512_fmadd_ps(w.even, factor, sum[b].even);
+          sum[b].odd = _mm512_fmadd_ps(w.odd, factor, sum[b].odd);
+        }
+      }
+      UNROLL for (int b = 0; b < B; ++b) {
+        float* place = sums + b * pitch + 32 * half;
+        _mm512_storeu_ps(place, sum[b].even);
+        _mm512_storeu_ps(place + 16, sum[b].odd);
+      }
+    }
+  }
+};
+
+template <> struct Select<BF16> : Select<FloatPairs<BF16Lanes>> {};
+
+constexpr Isa kTable = {
+    "avx512vbmi2",
+    {linear_kernel<BF16>(), linear_kernel<FloatPairs<F16Lanes>>(),
+     linear_kernel<FloatPairs<F32Lanes>>()},
+    {decode_kernel<DecodeBF16<8>>(),
+     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 8>>(),
+     decode_kernel<DecodeF32<8>>()},
+    {channel_kernel<BF16>(), channel_kernel<FloatPairs<F16Lanes>>(),
+     channel_kernel<FloatPairs<F32Lanes>>()},
+    nullptr,
+    &attention_avx512,
+};
+
+}  // namespace
+
+extern "C" const Isa* isa_avx512vbmi2(void) { return &kTable; }
