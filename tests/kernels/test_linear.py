@@ -112,7 +112,11 @@ def test_uneven_rows(isa: str) -> None:
     packed = reference.pack(weight)
     for batch in (1, 2, 9):
         x = torch.randn(batch, 300)
-        assert_as_accurate(sparse_linear(x, packed, isa=isa), x, weight)
+        y, exact = sparse_linear(x, packed, isa=isa), x.double() @ weight.double().T
+        # torch's error on so few different outputs is luck; none may exceed one rounding of the
+        # sum of magnitudes, which an empty row has none of
+        magnitude = x.double().abs() @ weight.double().abs().T
+        assert ((y - exact).abs() <= torch.finfo(torch.float32).eps * magnitude).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -5,23 +5,45 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from prune_llm_kernels import reference_plan, tokens
+from prune_llm_kernels import _C, cpu, reference_plan, tokens
 
 BF16 = torch.bfloat16
-needs_kernels = pytest.mark.skipif(
-    tokens.kernel_name(torch.device("cpu"), BF16) == "torch",
-    reason="this machine has no AVX-512 BF16, torch does this work",
-)
-_HEAD = torch.zeros(1, 1, 1, 2, dtype=BF16)
-needs_attention = pytest.mark.skipif(
-    not tokens.supports_causal_attention(_HEAD, _HEAD, _HEAD),
-    reason="this machine has neither AVX2 nor AVX-512 BF16, torch does this work",
-)
+
+
+def _sets_with(has: Callable[[int], bool], reason: str) -> list[Any]:
+    found = [name for index, name in enumerate(cpu.isa_names()) if has(index)]
+    return found or [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+
+
+@pytest.fixture(params=_sets_with(_C.has_gram, "this machine has no AVX-512 BF16"))
+def with_gram(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each instruction set of this machine that multiplies Gram matrices, chosen or not."""
+    yield from _chosen(request.param, monkeypatch)
+
+
+@pytest.fixture(params=_sets_with(_C.has_attention, "this machine has no AVX2"))
+def with_attention(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    yield from _chosen(request.param, monkeypatch)
+
+
+def _chosen(isa: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PRUNE_LLM_ISA", isa)
+    cpu.isa_index.cache_clear()
+    yield
+    cpu.isa_index.cache_clear()
+
+
+needs_kernels = pytest.mark.usefixtures("with_gram")
+needs_attention = pytest.mark.usefixtures("with_attention")
 
 
 @needs_kernels
