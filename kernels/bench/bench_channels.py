@@ -6,11 +6,12 @@
 
 A case is a weight sparsity and a share of skipped inputs: W50A40 prunes 50 % and skips 40 %; A50 is
 a dense weight. The list of channels is made inside the timed call, from inputs and a threshold.
-Weights rotate over copies that exceed every cache; implementations and the read bandwidth are timed
-in turn, figures are medians. "limit" is the share of the byte limit: bytes of the channels that are
-read / measured bandwidth / time. "cores" is how much more arithmetic in the cache all threads do
-than one: on a shared machine two may be one core for a while. A result that is wrong is not
-timed: the run stops.
+A timing is of `--calls` products behind each other, as a decoding step has them, divided by their
+number. Weights rotate over copies that exceed every cache; implementations and the read bandwidth
+are timed in turn, figures are medians. "limit" is the share of the byte limit: bytes of the
+channels that are read / measured bandwidth / time. "cores" is how much more arithmetic in the cache
+all threads do than one: on a shared machine two may be one core for a while. A result that is wrong
+is not timed: the run stops.
 """
 
 import argparse
@@ -77,11 +78,15 @@ def make_channels(weight: Tensor) -> list[ChannelWeight]:
     return copies
 
 
-def make_plans(x: Tensor, copies: list[ChannelWeight], gate: Gate, out: Tensor) -> list[CpuPlan]:
+def make_plans(
+    x: Tensor, copies: list[ChannelWeight], gate: Gate, out: Tensor, calls: int
+) -> list[CpuPlan]:
+    """For each copy a plan of `calls` products, with it and those behind it."""
     plans = []
-    for copy in copies:
+    for first in range(len(copies)):
         plan = CpuPlan(x.dtype)
-        plan.linears(x, [copy], [None], [out], gate=gate)
+        for number in range(first, first + calls):
+            plan.linears(x, [copies[number % len(copies)]], [None], [out], gate=gate)
         plans.append(plan)
     return plans
 
@@ -114,7 +119,9 @@ def cores(threads: int) -> float:
     return one / together
 
 
-def bench_case(O: int, I: int, case: str, batch: int, rounds: int, buffer: Tensor) -> Row:
+def bench_case(
+    O: int, I: int, case: str, batch: int, calls: int, rounds: int, buffer: Tensor
+) -> Row:
     pruned, skipped = parse_case(case)
     weight = (torch.randn(O, I).abs() + 1).bfloat16()  # no zero but the pruned
     dense = [weight.clone() for _ in range(max(3, ROTATED_BYTES // weight.nbytes))]
@@ -124,27 +131,27 @@ def bench_case(O: int, I: int, case: str, batch: int, rounds: int, buffer: Tenso
     counts, out = torch.zeros(3, dtype=torch.int64), torch.empty(batch, O).bfloat16()
     gate = Gate(threshold, None, counts)
     copies = make_channels(weight)
-    plans = make_plans(x, copies, gate, out)
+    plans = make_plans(x, copies, gate, out, calls)
     check(x, weight, gate, plans[0], out)
-    share = int(counts[0]) / I
-    calls: dict[str, Callable[[int], object]] = {
-        "torch": lambda i: F.linear(x, dense[i % len(dense)]),
+    share = int(counts[0]) / calls / I
+    timed: dict[str, Callable[[int], object]] = {
+        "torch": lambda i: [F.linear(x, dense[n % len(dense)]) for n in range(i, i + calls)],
         "ours": lambda i: plans[i % len(plans)].run(),
         "read": lambda i: cpu.read_all(buffer),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in timed}
     threads, found = torch.get_num_threads(), []
     for i in range(rounds + 2):
         found.append(cores(threads))
-        for name, call in calls.items():
-            elapsed = seconds(lambda call=call, i=i: call(i))  # type: ignore[misc]
+        for name, call in timed.items():
+            elapsed = seconds(lambda call=call, i=i: call(i * calls))  # type: ignore[misc]
             if i >= 2:
                 times[name].append(elapsed)
-    torch_seconds, ours, read = (statistics.median(times[name]) for name in calls)
+    torch_seconds, ours, read = (statistics.median(times[name]) for name in timed)
     bytes_read = copies[0].nbytes * share
     bandwidth = buffer.nbytes / read
     return Row(
-        O, I, case, batch, threads, torch_seconds, ours, bytes_read, bandwidth,
+        O, I, case, batch, threads, torch_seconds / calls, ours / calls, bytes_read, bandwidth,
         statistics.median(found),
     )  # fmt: skip
 
@@ -155,6 +162,7 @@ def parse() -> argparse.Namespace:
     add("--shapes", nargs="+", help="O x I, such as 4096x4096; default: 1B, 7B and 8B shapes")
     add("--cases", nargs="+", default=CASES)
     add("--batches", nargs="+", type=int, default=[1])
+    add("--calls", type=int, default=32, help="products behind each other in a timing")
     add("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     add("--rounds", type=int, default=15, help="timed rounds per case")
     add("--markdown", type=Path, help="also write the table to this file")
@@ -183,7 +191,9 @@ def main() -> None:
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 for batch in options.batches:
-                    rows.append(bench_case(O, I, case, batch, options.rounds, buffer))
+                    rows.append(
+                        bench_case(O, I, case, batch, options.calls, options.rounds, buffer)
+                    )
                     lines.append(rows[-1].markdown())
                     print(lines[-1], flush=True)
     if options.markdown:

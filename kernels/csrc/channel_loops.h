@@ -33,13 +33,31 @@ template <class P> struct Columns {
 
 // Channels summed before their sums are added up: a running sum of thousands loses digits.
 template <class Elem> constexpr int64_t sum_channels_of() { return sizeof(Elem) == 4 ? 32 : 512; }
-constexpr int64_t kMaskBytes = kWord / 8, kNearBytes = 256;
+constexpr int64_t kMaskBytes = kWord / 8, kNearBytes = 256, kLine = 64;
 
-// Where a pass stands in one channel's chunk, and in the chunk that is fetched ahead of it.
+// Where a pass stands in the chunks of a group, and in those that are fetched ahead of them.
 struct Streams {
   const char* at[kGroup];
   const char* ahead[kGroup];
 };
+
+// Bytes of Streams::ahead that are to be fetched beside the next word. (A struct of its own: its
+// numbers then lie in registers.)
+struct Due {
+  int64_t from, until;
+};
+
+// To the second cache: requests of the first are too few to hide memory's delay (measured).
+INLINE void fetch_ahead(const char* at) { __builtin_prefetch(at, 0, 2); }
+// And a little ahead to the first.
+INLINE void fetch_near(const char* at) { __builtin_prefetch(at + kNearBytes, 0, 3); }
+
+// All that is due beside a word, at once.
+INLINE void fetch(const Streams* s, Due* due) {
+  for (; due->from < due->until; due->from += kLine)
+    UNROLL for (int k = 0; k < kGroup; ++k) fetch_ahead(s->ahead[k] + due->from);
+  UNROLL for (int k = 0; k < kGroup; ++k) fetch_near(s->at[k]);
+}
 
 template <class P> INLINE const char* chunk_at(const ChannelWeight* w, int64_t tile, int64_t i) {
   constexpr int64_t bytes = sizeof(typename P::Elem);
@@ -62,15 +80,18 @@ INLINE typename P::W next_columns(uint64_t mask, int c, const char** at) {
   return P::expand(bits, value);
 }
 
-// One word of kWord outputs of a group of channels, added to the sums of B rows. May be specialised.
+// One word of kWord outputs of a group of channels, added to the sums of B rows, with what is to be
+// fetched. May be specialised.
 template <class P, bool Packed, int B> struct Word {
-  static void add(const char** at, const typename P::X* x, float* sums, int64_t pitch);
+  static void add(Streams* s, Due* due, const typename P::X* x, float* sums, int64_t pitch);
 };
 
 template <class P, bool Packed, int B>
-INLINE void Word<P, Packed, B>::add(const char** at, const typename P::X* x, float* sums,
+INLINE void Word<P, Packed, B>::add(Streams* s, Due* due, const typename P::X* x, float* sums,
                                     int64_t pitch) {
   typedef Columns<P> C;
+  fetch(s, due);
+  const char** at = s->at;
   uint64_t mask[kGroup];
   UNROLL for (int k = 0; Packed && k < kGroup; ++k) {
     mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
@@ -91,6 +112,16 @@ INLINE void Word<P, Packed, B>::add(const char** at, const typename P::X* x, flo
   }
 }
 
+// Moves sums to where they are collected, and clears them.
+INLINE void add_sums(float* sums, int64_t width, bool written, float* total) {
+  if (written) {
+    for (int64_t i = 0; i < width; ++i) total[i] += sums[i];
+  } else {
+    for (int64_t i = 0; i < width; ++i) total[i] = sums[i];
+  }
+  for (int64_t i = 0; i < width; ++i) sums[i] = 0;
+}
+
 // sums [B] of the tile's width = the listed channels times their inputs.
 template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
   const ChannelWeight* w = a->weight;
@@ -98,8 +129,7 @@ template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
   const int64_t width = tile_width(w, a->tile);
   alignas(64) float sums[B * kMaxTile];
   for (int64_t i = 0; i < B * width; ++i) sums[i] = 0;
-  for (int64_t m = 0; m < B; ++m)
-    for (int64_t i = 0; i < width; ++i) a->sums[m * a->pitch + i] = 0;
+  bool written = false;
   // bytes of a word that are to be fetched, from the mean over the tile
   const int64_t first = a->tile * w->in_features, I = w->in_features;
   const int64_t elements = Packed ? (w->starts[first + I] - w->starts[first]) / I : width;
@@ -114,24 +144,19 @@ template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
       const int64_t next = n + distance + k;
       s.ahead[k] = chunk_at<P>(w, a->tile, list->channels[next < a->end ? next : n + k]);
     }
-    int64_t fetched = 0;
+    Due due = {0, 0};
     for (int64_t c = 0; c < width; c += kWord) {
-      // to the second cache: requests of the first are too few to hide memory's delay (measured)
-      for (; fetched < (c / kWord + 1) * step; fetched += 64)
-        UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.ahead[k] + fetched, 0, 2);
-      // and a little ahead to the first
-      UNROLL for (int k = 0; k < kGroup; ++k) __builtin_prefetch(s.at[k] + kNearBytes, 0, 3);
-      Word<P, Packed, B>::add(s.at, x, sums + c, width);
+      due.until = (c / kWord + 1) * step;
+      Word<P, Packed, B>::add(&s, &due, x, sums + c, width);
     }
     const bool pause = (n + kGroup - a->begin) % sum_channels_of<typename P::Elem>() == 0;
     if (!pause && n + kGroup < a->end) continue;
-    for (int64_t m = 0; m < B; ++m) {
-      for (int64_t i = 0; i < width; ++i) {
-        a->sums[m * a->pitch + i] += sums[m * width + i];
-        sums[m * width + i] = 0;
-      }
-    }
+    for (int64_t m = 0; m < B; ++m)
+      add_sums(sums + m * width, width, written, a->sums + m * a->pitch);
+    written = true;
   }
+  for (int64_t m = 0; m < B && !written; ++m)
+    add_sums(sums + m * width, width, false, a->sums + m * a->pitch);
 }
 
 template <class P, int B> INLINE void sum_tile(const ChannelSums* a) {

@@ -141,8 +141,10 @@ template <class Lanes> struct HalfWords : FloatAccumulator {
 
 // One row: the sums of a whole word stay in registers while channel after channel is added.
 template <class Lanes> struct Word<HalfWords<Lanes>, true, 1> {
-  static INLINE void add(const char** at, const float* x, float* sums, int64_t) {
+  static INLINE void add(Streams* s, Due* due, const float* x, float* sums, int64_t) {
     enum { kParts = kWord / 8 };
+    fetch(s, due);
+    const char** at = s->at;
     __m256 sum[kParts];
     UNROLL for (int c = 0; c < kParts; ++c) sum[c] = _mm256_loadu_ps(sums + 8 * c);
     UNROLL for (int k = 0; k < kGroup; ++k) {

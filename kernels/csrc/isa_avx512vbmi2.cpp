@@ -49,7 +49,13 @@ template <> struct Unit<BF16> {
 // Sums lie as the floats do: of 32 outputs the even ones first.
 template <> struct Columns<BF16> {
   static INLINE void ordered(const float* sums, float* out) {
-    UNROLL for (int c = 0; c < kWord; ++c) out[c] = sums[BF16::place(c)];
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    UNROLL for (int c = 0; c < kWord; c += 32) {
+      const __m512 even = _mm512_loadu_ps(sums + c), odd = _mm512_loadu_ps(sums + c + 16);
+      _mm512_storeu_ps(out + c, _mm512_permutex2var_ps(even, low, odd));
+      _mm512_storeu_ps(out + c + 16, _mm512_permutex2var_ps(even, high, odd));
+    }
   }
 };
 
@@ -62,7 +68,8 @@ INLINE uint32_t bits_at(const char* mask) {
 }
 
 // Half a word at a time, so that the sums of eight rows stay in registers while channel after channel
-// is added. Each half of a mask goes from memory to a mask register.
+// is added. Each half of a mask goes from memory to a mask register. Memory is asked for a line at a
+// time between the channels: requests at once leave no room for loads (measured).
 template <bool Packed, int B> struct Word<BF16, Packed, B> {
   static INLINE Parted weights(const char* mask, const char* values) {
     __m512i found = load_apart(values);
@@ -70,7 +77,8 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
       found = _mm512_maskz_expand_epi16(_load_mask32((__mmask32*)mask), found);
     return as_floats(found);
   }
-  static INLINE void add(const char** at, const float* x, float* sums, int64_t pitch) {
+  static INLINE void add(Streams* s, Due* due, const float* x, float* sums, int64_t pitch) {
+    const char** at = s->at;
     UNROLL for (int half = 0; half < 2; ++half) {
       Parted sum[B];
       UNROLL for (int b = 0; b < B; ++b) {
@@ -80,6 +88,9 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
       UNROLL for (int k = 0; k < kGroup; ++k) {
         const char* mask = at[k] + 4 * half;
         const char* values = at[k] + (Packed ? kMaskBytes : 0);
+        const int64_t line = due->from + kLine * half;
+        if (line < due->until) fetch_ahead(s->ahead[k] + line);
+        if (half) fetch_near(at[k]);
         if (half) values += 2 * (Packed ? __builtin_popcount(bits_at(at[k])) : 32);
         const Parted w = weights(mask, values);
         if (half) at[k] = values + 2 * (Packed ? __builtin_popcount(bits_at(mask)) : 32);
@@ -95,6 +106,8 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
         _mm512_storeu_ps(place + 16, sum[b].odd);
       }
     }
+    for (int line = 0; due->from < due->until; due->from += kLine, ++line)
+      if (line >= 2) UNROLL for (int k = 0; k < kGroup; ++k) fetch_ahead(s->ahead[k] + due->from);
   }
 };
 

@@ -1,11 +1,11 @@
 """Products of 16-bit matrices in float32, for CPUs whose 16-bit multiply instructions are slow.
 
 On a CPU without any (AVX2 only, say) torch multiplies bfloat16 and float16 matrices without its
-GEMM library: many rows take 4 to 7 times as long as in float32. Intel's cores with AVX-512 BF16 take
-three to four times as long for a dot product of pairs as for a multiply-add, which is half of it;
-where AMX is missing or hidden (in many virtual machines), many rows take 1.4 to 2.6 times as long.
-A float32 product of the same values, rounded once at its end, is as exact and costs one conversion
-of each operand.
+GEMM library: many rows take 4 to 7 times as long as in float32. Intel's cores with AVX-512 BF16 do
+a dot product of pairs in the time of almost four multiply-adds, of which it stands for two; where
+AMX is missing or hidden from a virtual machine, 512 rows take 1.4 to 1.6 times as long. A float32
+product of the same values, rounded once at its end, is as exact and costs one conversion of each
+operand.
 
 Shape letters: T = rows (tokens), I = inner features, O = output features.
 """
@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_llm_kernels import _C
 
-# fewer rows do not pay for converting the weight: without a library (measured: 16 rows lose, 128 gain
-# 3 times), and with a slow one (measured: 128 rows lose by a large weight, 256 gain)
+# fewer rows do not pay for converting the weight: without a library (measured: 16 rows lose, 128
+# gain 3 times), and with slow dot products (measured: 128 rows lose by a large weight, 256 gain)
 MIN_ROWS, MIN_ROWS_OF_PAIRS = 64, 256
-# of a weight's float32 copy; a larger one is converted and multiplied a slice at a time. Memory that
-# malloc maps for each costs a fault a page, so they stay below the 8 MB that `prune_llm.memory` sets
-# (measured: 4096 x 4096 by 512 rows takes 63 ms, in slices of 32 MB 74)
+# of a weight's float32 copy; a larger one is converted and multiplied a slice at a time. Memory
+# that malloc maps for each costs a fault a page, so they stay below the 8 MB from which it does
+# with `prune_llm.memory` (measured: 4096 x 4096 by 512 rows takes 63 ms, in slices of 32 MB 74)
 SLICE_BYTES = 6 * 2**20
 
 # dtype -> what tells whether torch's GEMM library has it natively
