@@ -1,4 +1,4 @@
-// AVX-512 with VBMI2 (expand of 16-bit lanes): bf16 weights are expanded, then multiplied as floats.
+// AVX-512 with VBMI2 (expand of 16-bit lanes): bf16 is expanded, then multiplied as floats.
 //
 // Also the faster way where there are dot products of bf16 pairs, on Intel's cores: there one takes
 // two cycles of a port, of which the expand needs most, and multiply-adds run on two (measured on
