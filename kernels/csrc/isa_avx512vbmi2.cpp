@@ -1,8 +1,8 @@
 // AVX-512 with VBMI2 (expand of 16-bit lanes): bf16 is expanded, then multiplied as floats.
 //
 // Also the faster way where there are dot products of bf16 pairs, on Intel's cores: there one takes
-// two cycles of a port, of which the expand needs most, and multiply-adds run on two (measured on
-// Emerald Rapids, eval/reports/LOG.md).
+// two cycles of the port that expands, and multiply-adds have two ports (measured on Emerald
+// Rapids, eval/reports/LOG.md).
 #include "avx512vbmi2.h"
 #include "decode_loops.h"
 #include "tokens.h"
@@ -67,9 +67,9 @@ INLINE uint32_t bits_at(const char* mask) {
   return bits;
 }
 
-// Half a word at a time, so that the sums of eight rows stay in registers while channel after channel
-// is added. Each half of a mask goes from memory to a mask register. Memory is asked for a line at a
-// time between the channels: requests at once leave no room for loads (measured).
+// Half a word at a time, so that the sums of eight rows stay in registers while channel after
+// channel is added. Each half of a mask goes from memory to a mask register. Memory is asked for a
+// line at a time between the channels: many requests at once hold up loads (measured).
 template <bool Packed, int B> struct Word<BF16, Packed, B> {
   static INLINE Parted weights(const char* mask, const char* values) {
     __m512i found = load_apart(values);
