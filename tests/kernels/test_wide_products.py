@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from prune_llm_kernels import wide_products
-from prune_llm_kernels.wide_products import MIN_ROWS, WideProducts, linear, multiplier, product
+from prune_llm_kernels.wide_products import (
+    MIN_ROWS,
+    MIN_ROWS_OF_PAIRS,
+    WideProducts,
+    linear,
+    multiplier,
+    pays,
+    product,
+)
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -32,10 +40,10 @@ def counted(slow: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def rounded_once(exact: Tensor, found: Tensor) -> None:
-    """Half a unit in the last place of the result, and float32's own sums."""
+def rounded_once(exact: Tensor, found: Tensor, sums: Tensor | float = 1e-5) -> None:
+    """Half a unit in the last place of the result, and what float32's own sums may be off."""
     unit = torch.finfo(found.dtype).eps
-    allowed = exact.abs() * (unit / 2) * 1.01 + 1e-5
+    allowed = exact.abs() * (unit / 2) * 1.01 + sums
     assert found.isfinite().all()
     assert ((found.double() - exact).abs() <= allowed).all()
 
@@ -56,8 +64,10 @@ def test_a_product_is_rounded_once(
     T, I, O = shape
     x, weight = torch.randn(T, I).to(dtype), torch.randn(O, I).to(dtype)
     bias = torch.randn(O).to(dtype) if with_bias else None
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    rounded_once(exact, linear(x, weight, bias))
+    added = torch.zeros(O).double() if bias is None else bias.double()
+    exact = x.double() @ weight.double().T + added
+    magnitude = x.double().abs() @ weight.double().abs().T + added.abs()
+    rounded_once(exact, linear(x, weight, bias), torch.finfo(torch.float32).eps * magnitude)
     assert linear(x, weight, bias).dtype == dtype
 
 
@@ -127,6 +137,23 @@ def test_a_cpu_with_the_instructions_is_left_alone(monkeypatch: pytest.MonkeyPat
     with WideProducts():
         nn.Linear(8, 8).bfloat16()(torch.randn(100, 8).bfloat16())
     linear(torch.randn(100, 8).bfloat16(), torch.randn(3, 8).bfloat16())
+
+
+@pytest.mark.parametrize(("slow_pairs", "amx"), [(True, False), (True, True), (False, False)])
+def test_slow_dot_products_are_left_to_many_rows(
+    slow_pairs: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a CPU whose GEMM library knows both types: Intel's with and without AMX, and another."""
+    monkeypatch.setattr(wide_products, "_CHECKS", {})
+    monkeypatch.setattr(wide_products._C, "has_slow_pairs", lambda: slow_pairs)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    found = wide_products.slow_dtypes.__wrapped__()
+    expected = {torch.bfloat16: MIN_ROWS_OF_PAIRS} if slow_pairs and not amx else {}
+    assert found == expected
+    monkeypatch.setattr(wide_products, "slow_dtypes", lambda: found)
+    x = torch.zeros(1, 1, dtype=torch.bfloat16)
+    assert [pays(x, rows) for rows in (255, 256)] == [False, bool(expected)]
+    assert not pays(x.half(), 1000) and not pays(x.float(), 1000)
 
 
 def test_slices_of_a_weight_convert_the_rows_once(slow: None) -> None:
