@@ -198,7 +198,8 @@ class Error:
         survey.record["levels"] = levels
         survey.record["errors"] = {name: [e for _, e in curve] for name, curve in curves.items()}
         ordered = {name: curves[name] for name in survey.sizes}
-        return cheapest(ordered, survey.budget)
+        wanted = {name: float(n) for name, n in cheapest(ordered, survey.budget).items()}
+        return rounded(survey.sizes, wanted, survey.budget)
 
 
 def error_curves(
@@ -302,7 +303,8 @@ def cheapest(curves: dict[str, list[tuple[int, float]]], budget: int) -> dict[st
     """Prune where the next weight costs least, along the lower convex hull of each curve.
 
     For convex curves this is the least sum of errors, and for others that of their hulls. Equal
-    costs go to the linear that comes first. The budget must lie within what the curves span.
+    costs go to the linear that comes first. The budget must lie within what the curves span; by
+    less than a weight for each curve it may lie outside, where the ends were rounded.
     """
     counts = {name: curve[0][0] for name, curve in curves.items()}
     steps = []
@@ -310,12 +312,11 @@ def cheapest(curves: dict[str, list[tuple[int, float]]], budget: int) -> dict[st
         for (pruned, error), (more, worse) in pairwise(lower_hull(curve)):
             steps.append(((worse - error) / (more - pruned), order, more - pruned, name))
     missing = budget - sum(counts.values())
-    assert missing >= 0
     for _, _, length, name in sorted(steps):
-        taken = min(length, missing)
+        taken = min(length, max(missing, 0))
         counts[name] += taken
         missing -= taken
-    assert missing == 0
+    assert abs(missing) <= len(curves)
     return counts
 
 

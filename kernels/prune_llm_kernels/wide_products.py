@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prune_llm_kernels import _C
-
 # fewer rows do not pay for converting the weight: without a library (measured: 16 rows lose, 128
 # gain 3 times), and with slow dot products (measured: 128 rows lose by a large weight, 256 gain)
 MIN_ROWS, MIN_ROWS_OF_PAIRS = 64, 256
@@ -43,9 +41,17 @@ def slow_dtypes() -> dict[torch.dtype, int]:
     """The 16-bit types that torch multiplies slowly on this CPU, and from how many rows on."""
     names = {dtype: name for dtype, name in _CHECKS.items() if hasattr(torch.ops.mkldnn, name)}
     slow = {d: MIN_ROWS for d, name in names.items() if not getattr(torch.ops.mkldnn, name)()}
-    if _C.has_slow_pairs() and not torch.cpu._is_amx_tile_supported():
+    if _slow_pairs() and not torch.cpu._is_amx_tile_supported():
         slow.setdefault(torch.bfloat16, MIN_ROWS_OF_PAIRS)
     return slow
+
+
+def _slow_pairs() -> bool:
+    try:
+        from prune_llm_kernels import _C
+    except ImportError:
+        return False  # whoever needs the extension says so
+    return _C.has_slow_pairs()
 
 
 def pays(x: Tensor, rows: int) -> bool:

@@ -193,6 +193,20 @@ class TestCheapest:
         costs = [c[n + 1][1] - c[n][1] for k, c in curves.items() if (n := counts[k]) + 1 < len(c)]
         assert not saved or not costs or max(saved) <= min(costs)
 
+    @pytest.mark.parametrize(("rows", "more"), [(3, -1), (4, 1)])
+    def test_ends_that_were_rounded_are_evened_out(self, rows: int, more: int) -> None:
+        """At the most that is pruned every linear is at its end: 3 x 3 weights round 8.55 up to 9,
+        4 x 3 round 11.4 down to 11, and the budget is of all three."""
+        weights = {name: torch.randn(rows, 3) for name in ("a", "b", "c")}
+        survey = survey_of(weights, MOST)
+        allocation = ALLOCATIONS["error"]
+        assert allocation is not None
+        counts = allocation.counts(survey)
+        assert sum(counts.values()) == survey.budget
+        ends = {name: round(size * MOST) for name, size in survey.sizes.items()}
+        assert survey.budget - sum(ends.values()) == more
+        assert sum(abs(counts[name] - ends[name]) for name in ends) == 1
+
 
 class TestBudgets:
     @given(st.lists(st.tuples(st.integers(1, 500), st.floats(-0.5, 1.5)), min_size=1, max_size=8))

@@ -107,7 +107,8 @@ class TestSolve:
         assert torch.isfinite(found).all() and not torch.allclose(found, weight)
 
     def test_damping_is_raised_where_it_must_be(self) -> None:
-        x, weight = torch.randn(200, 1).expand(200, 40).contiguous(), torch.randn(4, 40)
+        # equal columns of 256 signs: the factorisation is exact, and its second pivot 0
+        x, weight = torch.randn(256, 1).sign().expand(256, 40).contiguous(), torch.randn(4, 40)
         (found,), notes = aimed_at_dense((weight,), measured(x, x * 1.5), 0.0, strength=1.0)
         assert torch.isfinite(found).all() and "damping raised from 0" in notes[0]
         torch.testing.assert_close(x @ found.T, 1.5 * x @ weight.T, rtol=0.01, atol=0.01)

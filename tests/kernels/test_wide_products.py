@@ -145,7 +145,7 @@ def test_slow_dot_products_are_left_to_many_rows(
 ) -> None:
     """Of a CPU whose GEMM library knows both types: Intel's with and without AMX, and another."""
     monkeypatch.setattr(wide_products, "_CHECKS", {})
-    monkeypatch.setattr(wide_products._C, "has_slow_pairs", lambda: slow_pairs)
+    monkeypatch.setattr(wide_products, "_slow_pairs", lambda: slow_pairs)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     found = wide_products.slow_dtypes.__wrapped__()
     expected = {torch.bfloat16: MIN_ROWS_OF_PAIRS} if slow_pairs and not amx else {}
