@@ -227,10 +227,9 @@ def test_admm_with_the_peers_masks(
     monkeypatch.setattr("prune_llm.verification.pattern_violation", lambda *_: None)
     out = tmp_path / "out"
     value = pruned_perplexity(reference, "admm", pattern, out, windows_ST, damping=0.1)
-    # without AVX-512 products round otherwise: 60 % comes out 0.6 % lower, by 1 and by 2 threads
-    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    bound = 0.002 if wide else 0.01
-    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=bound)
+    # how a processor's products round grows over the steps: Zen 4 is within 0.2 % of the peer;
+    # Zen 3 and Emerald Rapids are 0.6 % below it at 60 %
+    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=0.01)
 
 
 def test_admm_as_the_paper_has_it(
