@@ -26,7 +26,6 @@ bool can_run_avx512bf16() {
   return can_run_avx512vbmi2() && __builtin_cpu_supports("avx512bf16");
 }
 
-
 // Every processor with AVX2 and FMA has F16C.
 bool can_run_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
