@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "channel_loops.h"
+#include "decode_loops.h"
 #include "rows.h"
 
 namespace {
@@ -187,5 +188,21 @@ template <class Lanes> struct Select<FloatPairs<Lanes>> {
     select_lanes<Lanes>(a, list, [=](__m512 kept, int64_t n) { _mm512_storeu_ps(values + n, kept); });
   }
 };
+
+// The kernels of an instruction set; they differ in how bfloat16 is multiplied: P.
+template <class P>
+constexpr Isa avx512_table(const char* name, const GramKernel* (*gram)(void),
+                           const AttentionKernel* (*attention)(void)) {
+  return Isa{name,
+             {linear_kernel<P>(), linear_kernel<FloatPairs<F16Lanes>>(),
+              linear_kernel<FloatPairs<F32Lanes>>()},
+             {decode_kernel<DecodeBF16<8>>(),
+              decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 8>>(),
+              decode_kernel<DecodeF32<8>>()},
+             {channel_kernel<P>(), channel_kernel<FloatPairs<F16Lanes>>(),
+              channel_kernel<FloatPairs<F32Lanes>>()},
+             gram,
+             attention};
+}
 
 }  // namespace

@@ -1,6 +1,5 @@
 // AVX-512 with VBMI2 (expand of 16-bit lanes) and BF16 (dot product of bf16 pairs).
 #include "avx512vbmi2.h"
-#include "decode_loops.h"
 #include "tokens.h"
 
 namespace {
@@ -67,18 +66,7 @@ template <> struct Select<BF16> {
   }
 };
 
-constexpr Isa kTable = {
-    "avx512bf16",
-    {linear_kernel<BF16>(), linear_kernel<FloatPairs<F16Lanes>>(),
-     linear_kernel<FloatPairs<F32Lanes>>()},
-    {decode_kernel<DecodeBF16<8>>(),
-     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 8>>(),
-     decode_kernel<DecodeF32<8>>()},
-    {channel_kernel<BF16>(), channel_kernel<FloatPairs<F16Lanes>>(),
-     channel_kernel<FloatPairs<F32Lanes>>()},
-    &gram_avx512bf16,
-    &attention_avx512bf16,
-};
+constexpr Isa kTable = avx512_table<BF16>("avx512bf16", &gram_avx512bf16, &attention_avx512bf16);
 
 }  // namespace
 

@@ -4,7 +4,6 @@
 // two cycles of the port that expands, and multiply-adds have two ports (measured on Emerald
 // Rapids, eval/reports/LOG.md).
 #include "avx512vbmi2.h"
-#include "decode_loops.h"
 #include "tokens.h"
 
 namespace {
@@ -113,18 +112,7 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
 
 template <> struct Select<BF16> : Select<FloatPairs<BF16Lanes>> {};
 
-constexpr Isa kTable = {
-    "avx512vbmi2",
-    {linear_kernel<BF16>(), linear_kernel<FloatPairs<F16Lanes>>(),
-     linear_kernel<FloatPairs<F32Lanes>>()},
-    {decode_kernel<DecodeBF16<8>>(),
-     decode_kernel<Scalars<uint16_t, f16_to_float, float_to_f16, 8>>(),
-     decode_kernel<DecodeF32<8>>()},
-    {channel_kernel<BF16>(), channel_kernel<FloatPairs<F16Lanes>>(),
-     channel_kernel<FloatPairs<F32Lanes>>()},
-    nullptr,
-    &attention_avx512,
-};
+constexpr Isa kTable = avx512_table<BF16>("avx512vbmi2", nullptr, &attention_avx512);
 
 }  // namespace
 

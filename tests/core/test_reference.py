@@ -21,6 +21,7 @@ from prune_llm.calibration import cut_windows, load_tokenizer, read_documents, t
 from prune_llm.masks import Pattern
 from prune_llm.methods import sparsegpt
 from prune_llm.presets import PRESETS
+from prune_llm_kernels import cpu
 
 SEPARATOR = "<|story|>"
 # method, pattern, name in peer_values.json, our own value with exact counts
@@ -227,9 +228,10 @@ def test_admm_with_the_peers_masks(
     monkeypatch.setattr("prune_llm.verification.pattern_violation", lambda *_: None)
     out = tmp_path / "out"
     value = pruned_perplexity(reference, "admm", pattern, out, windows_ST, damping=0.1)
-    # how a processor's products round grows over the steps: Zen 4 is within 0.2 % of the peer;
-    # Zen 3 and Emerald Rapids are 0.6 % below it at 60 %
-    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=0.01)
+    # how a processor's products round grows over the steps: AMD's with AVX-512 are within 0.2 % of
+    # the peer; Zen 3 and Emerald Rapids are 0.6 % below it at 60 %
+    bound = 0.002 if cpu.isa_names()[0] == "avx512bf16" else 0.01
+    assert value == pytest.approx(peer_values[f"admm-repo:{peer}"], rel=bound)
 
 
 def test_admm_as_the_paper_has_it(
