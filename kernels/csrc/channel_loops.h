@@ -34,29 +34,44 @@ template <class P> struct Columns {
 // Channels summed before their sums are added up: a running sum of thousands loses digits.
 template <class Elem> constexpr int64_t sum_channels_of() { return sizeof(Elem) == 4 ? 32 : 512; }
 constexpr int64_t kMaskBytes = kWord / 8, kNearBytes = 256, kLine = 64;
+// how far ahead of the words that are added memory is asked: long enough for it to answer (8 KB are
+// not, measured), and less than a first cache
+constexpr int64_t kAheadBytes = 16384;
 
-// Where a pass stands in the chunks of a group, and in those that are fetched ahead of them.
-struct Streams {
-  const char* at[kGroup];
-  const char* ahead[kGroup];
+// The end of a chunk that a pass reads from; see channels.h.
+enum Side { kFront, kBack };
+
+// Places in the chunks of a group, one for each channel: where a pass stands, at both ends.
+struct Ends {
+  const char* at[2][kGroup];
 };
 
-// Bytes of Streams::ahead that are to be fetched beside the next word. (A struct of its own: its
-// numbers then lie in registers.)
+// Bytes behind the ends of chunks that are fetched beside a word. (A struct of its own: its numbers
+// then lie in registers.)
 struct Due {
   int64_t from, until;
 };
 
-// To the second cache: requests of the first are too few to hide memory's delay (measured).
-INLINE void fetch_ahead(const char* at) { __builtin_prefetch(at, 0, 2); }
-// And a little ahead to the first.
-INLINE void fetch_near(const char* at) { __builtin_prefetch(at + kNearBytes, 0, 3); }
+// How memory is asked for a chunk: an instruction set says which cache it should come to.
+template <class P> struct Fetch {
+  // To the second cache: on Intel's cores requests of the first are too few to hide memory's delay.
+  static INLINE void ahead(const char* at) { __builtin_prefetch(at, 0, 2); }
+  // And a little ahead to the first.
+  template <Side side> static INLINE void near(const char* at) {
+    __builtin_prefetch(side == kFront ? at + kNearBytes : at - kNearBytes, 0, 3);
+  }
+};
+
+template <class P, Side side> INLINE void fetch_line(const char* end, int64_t offset) {
+  Fetch<P>::ahead(side == kFront ? end + offset : end - 1 - offset);
+}
 
 // All that is due beside a word, at once.
-INLINE void fetch(const Streams* s, Due* due) {
-  for (; due->from < due->until; due->from += kLine)
-    UNROLL for (int k = 0; k < kGroup; ++k) fetch_ahead(s->ahead[k] + due->from);
-  UNROLL for (int k = 0; k < kGroup; ++k) fetch_near(s->at[k]);
+template <class P, Side side>
+INLINE void fetch(const char* const* at, const char* const* ahead, Due due) {
+  for (; due.from < due.until; due.from += kLine)
+    UNROLL for (int k = 0; k < kGroup; ++k) fetch_line<P, side>(ahead[k], due.from);
+  UNROLL for (int k = 0; k < kGroup; ++k) Fetch<P>::template near<side>(at[k]);
 }
 
 template <class P> INLINE const char* chunk_at(const ChannelWeight* w, int64_t tile, int64_t i) {
@@ -80,28 +95,47 @@ INLINE typename P::W next_columns(uint64_t mask, int c, const char** at) {
   return P::expand(bits, value);
 }
 
-// One word of kWord outputs of a group of channels, added to the sums of B rows, with what is to be
-// fetched. May be specialised.
+// The next word of a chunk from one of its ends: its mask and its values. Moves *at behind them.
+struct Place {
+  const char *mask, *values;
+};
+
+template <class P, bool Packed, Side side> INLINE Place next_word(const char** at) {
+  constexpr int64_t bytes = sizeof(typename P::Elem);
+  const char* mask = side == kFront || !Packed ? *at : *at - kMaskBytes;
+  const int64_t size =
+      bytes * (Packed ? __builtin_popcountll(load_word<uint64_t>((const uint8_t*)mask)) : kWord);
+  const char* values = side == kBack ? mask - size : Packed ? mask + kMaskBytes : mask;
+  *at = side == kBack ? values : values + size;
+  return Place{mask, values};
+}
+
+// One word of kWord outputs of a group of channels, added to the sums of B rows: those at the `side`
+// of their chunks. Beside it the bytes that are due are fetched. May be specialised.
 template <class P, bool Packed, int B> struct Word {
-  static void add(Streams* s, Due* due, const typename P::X* x, float* sums, int64_t pitch);
+  template <Side side>
+  static void add(const char** at, const char* const* ahead, Due due, const typename P::X* x,
+                  float* sums, int64_t pitch);
 };
 
 template <class P, bool Packed, int B>
-INLINE void Word<P, Packed, B>::add(Streams* s, Due* due, const typename P::X* x, float* sums,
-                                    int64_t pitch) {
+template <Side side>
+INLINE void Word<P, Packed, B>::add(const char** at, const char* const* ahead, Due due,
+                                    const typename P::X* x, float* sums, int64_t pitch) {
   typedef Columns<P> C;
-  fetch(s, due);
-  const char** at = s->at;
+  fetch<P, side>(at, ahead, due);
   uint64_t mask[kGroup];
-  UNROLL for (int k = 0; Packed && k < kGroup; ++k) {
-    mask[k] = load_word<uint64_t>((const uint8_t*)at[k]);
-    at[k] += kMaskBytes;
+  const char* values[kGroup];
+  UNROLL for (int k = 0; k < kGroup; ++k) {
+    const Place place = next_word<P, Packed, side>(&at[k]);
+    values[k] = place.values;
+    if (Packed) mask[k] = load_word<uint64_t>((const uint8_t*)place.mask);
   }
   UNROLL for (int c = 0; c < kWord; c += P::kCols) {
     typename C::Mix mix[kGroup / 2];
     UNROLL for (int k = 0; k < kGroup; k += 2) {
-      const auto first = next_columns<P, Packed>(mask[k], c, &at[k]);
-      mix[k / 2] = C::mix(first, next_columns<P, Packed>(mask[k + 1], c, &at[k + 1]));
+      const auto first = next_columns<P, Packed>(mask[k], c, &values[k]);
+      mix[k / 2] = C::mix(first, next_columns<P, Packed>(mask[k + 1], c, &values[k + 1]));
     }
     UNROLL for (int b = 0; b < B; ++b) {
       float* place = sums + b * pitch + c;
@@ -122,38 +156,90 @@ INLINE void add_sums(float* sums, int64_t width, bool written, float* total) {
   for (int64_t i = 0; i < width; ++i) sums[i] = 0;
 }
 
+// Both ends of the chunks of the group at entry n of the list.
+template <class P>
+INLINE void find_ends(const ChannelWeight* w, const ChannelList* list, int64_t tile, int64_t width,
+                      int64_t n, Ends* ends) {
+  UNROLL for (int k = 0; k < kGroup; ++k) {
+    const int32_t channel = list->channels[n + k];
+    const char* front = chunk_at<P>(w, tile, channel);
+    ends->at[kFront][k] = front;
+    ends->at[kBack][k] = w->starts ? chunk_at<P>(w, tile, channel + 1)
+                                   : front + width * (int64_t)sizeof(typename P::Elem);
+  }
+}
+
+// Where a pass fetches: so many steps ahead of the words that it adds, in their order.
+template <class P> struct Ahead {
+  const ChannelSums* const a;
+  const int64_t width, steps, bytes;  // outputs; steps through a chunk; bytes of a word, the mean
+  int64_t n, step = 0;
+  Ends ends;
+
+  INLINE Ahead(const ChannelSums* a, int64_t width, int64_t steps, int64_t bytes)
+      : a(a), width(width), steps(steps), bytes(bytes), n(a->begin) {
+    open();
+    // what the first words need, and enough lines for memory to answer before they are added
+    const int64_t first = kAheadBytes / (2 * kGroup * bytes) + 1;
+    for (int64_t i = 0; i < first && n < a->end; ++i, advance()) {
+      const Due now = due();
+      for (int64_t at = now.from; at < now.until; at += kLine) {
+        UNROLL for (int k = 0; k < kGroup; ++k) {
+          fetch_line<P, kFront>(ends.at[kFront][k], at);
+          fetch_line<P, kBack>(ends.at[kBack][k], at);
+        }
+      }
+    }
+  }
+  INLINE void open() { find_ends<P>(a->weight, a->list, a->tile, width, n, &ends); }
+  INLINE Due due() const {
+    // the lines that begin among the bytes of this step
+    const int64_t from = (step * bytes + kLine - 1) / kLine * kLine;
+    return Due{from, n < a->end ? (step + 1) * bytes : from};
+  }
+  INLINE void advance() {
+    if (++step < steps) return;
+    step = 0;
+    if ((n += kGroup) < a->end) open();
+  }
+};
+
 // sums [B] of the tile's width = the listed channels times their inputs.
+//
+// Chunks are read from both ends towards the middle: processors fetch on behind what is read in
+// order, a kilobyte and more on Zen 5, and what lies behind a chunk is mostly skipped. So they fetch
+// the other half of the chunk (measured, eval/reports/LOG.md).
 template <class P, bool Packed, int B> void sum_channels(const ChannelSums* a) {
   const ChannelWeight* w = a->weight;
   const ChannelList* list = a->list;
-  const int64_t width = tile_width(w, a->tile);
+  const int64_t width = tile_width(w, a->tile), words = width / kWord, steps = (words + 1) / 2;
   alignas(64) float sums[B * kMaxTile];
   for (int64_t i = 0; i < B * width; ++i) sums[i] = 0;
   bool written = false;
-  // bytes of a word that are to be fetched, from the mean over the tile
   const int64_t first = a->tile * w->in_features, I = w->in_features;
   const int64_t elements = Packed ? (w->starts[first + I] - w->starts[first]) / I : width;
-  const int64_t step = elements * (int64_t)sizeof(typename P::Elem) * kWord / width + 1;
-  // far enough ahead for memory to answer: about a tile's time
-  const int64_t distance = (int64_t)kGroup * (width >= 1024 ? 1 : width >= 512 ? 2 : 4);
-  const typename P::X* x = (const typename P::X*)list->values + a->begin * B;
-  for (int64_t n = a->begin; n < a->end; n += kGroup, x += kGroup * B) {
-    Streams s;
-    UNROLL for (int k = 0; k < kGroup; ++k) {
-      s.at[k] = chunk_at<P>(w, a->tile, list->channels[n + k]);
-      const int64_t next = n + distance + k;
-      s.ahead[k] = chunk_at<P>(w, a->tile, list->channels[next < a->end ? next : n + k]);
+  const int64_t bytes = elements * (int64_t)sizeof(typename P::Elem) / words + 1;
+  if (a->begin < a->end) {
+    Ahead<P> ahead(a, width, steps, bytes);
+    const typename P::X* x = (const typename P::X*)list->values + a->begin * B;
+    for (int64_t n = a->begin; n < a->end; n += kGroup, x += kGroup * B) {
+      Ends s;
+      find_ends<P>(w, list, a->tile, width, n, &s);
+      for (int64_t front = 0, back = words - 1; front <= back; ++front, --back, ahead.advance()) {
+        const Due due = ahead.due();
+        typedef Word<P, Packed, B> W;
+        W::template add<kFront>(s.at[kFront], ahead.ends.at[kFront], due, x, sums + front * kWord,
+                                width);
+        if (front < back)
+          W::template add<kBack>(s.at[kBack], ahead.ends.at[kBack], due, x, sums + back * kWord,
+                                 width);
+      }
+      const bool pause = (n + kGroup - a->begin) % sum_channels_of<typename P::Elem>() == 0;
+      if (!pause && n + kGroup < a->end) continue;
+      for (int64_t m = 0; m < B; ++m)
+        add_sums(sums + m * width, width, written, a->sums + m * a->pitch);
+      written = true;
     }
-    Due due = {0, 0};
-    for (int64_t c = 0; c < width; c += kWord) {
-      due.until = (c / kWord + 1) * step;
-      Word<P, Packed, B>::add(&s, &due, x, sums + c, width);
-    }
-    const bool pause = (n + kGroup - a->begin) % sum_channels_of<typename P::Elem>() == 0;
-    if (!pause && n + kGroup < a->end) continue;
-    for (int64_t m = 0; m < B; ++m)
-      add_sums(sums + m * width, width, written, a->sums + m * a->pitch);
-    written = true;
   }
   for (int64_t m = 0; m < B && !written; ++m)
     add_sums(sums + m * width, width, false, a->sums + m * a->pitch);
@@ -306,29 +392,37 @@ template <class P> int64_t gather(const SelectArgs* a, const ChannelList* list, 
 
 // -- the dense weight ------------------------------------------------------------------------------
 
+// The weights of a word, `count` of them, to y.
+template <class P> INLINE void unpack_word(const Place& place, typename P::Elem* y, int64_t count) {
+  typedef typename P::Elem Elem;
+  const uint64_t mask = load_word<uint64_t>((const uint8_t*)place.mask);
+  const Elem* values = (const Elem*)place.values;
+  Elem tail[kWord];
+  Elem* to = count < kWord ? tail : y;
+  UNROLL for (int c = 0; c < kWord; c += P::kCols) {
+    const auto bits = (typename MaskWord<P::kCols>::type)(mask >> c);
+    P::store(P::expand(bits, values), to + c);
+    values += __builtin_popcountll(bits);
+  }
+  for (int64_t c = 0; to == tail && c < count; ++c) y[c] = tail[c];
+}
+
 template <class P> void unpack_channels(const ChannelWeight* w, void* out, int64_t begin, int64_t end) {
   typedef typename P::Elem Elem;
   const int64_t tile = begin / w->tile, width = end - begin;
-  const int64_t skipped = (begin - tile * w->tile) / kWord;
+  const int64_t words = tile_width(w, tile) / kWord, fronts = (words + 1) / 2;
+  const int64_t first = (begin - tile * w->tile) / kWord, last = first + (width + kWord - 1) / kWord;
   for (int64_t i = 0; i < w->in_features; ++i) {
-    const char* at = chunk_at<P>(w, tile, i);
+    const char *front = chunk_at<P>(w, tile, i), *back = chunk_at<P>(w, tile, i + 1);
     Elem* y = (Elem*)out + i * width;
-    for (int64_t word = 0; word < skipped; ++word)
-      at += kMaskBytes + (int64_t)sizeof(Elem) *
-                             __builtin_popcountll(load_word<uint64_t>((const uint8_t*)at));
-    for (int64_t o = 0; o < width; o += kWord) {
-      const uint64_t mask = load_word<uint64_t>((const uint8_t*)at);
-      const Elem* values = (const Elem*)(at + kMaskBytes);
-      Elem tail[kWord];
-      Elem* place = o + kWord <= width ? y + o : tail;
-      UNROLL for (int c = 0; c < kWord; c += P::kCols) {
-        const auto bits = (typename MaskWord<P::kCols>::type)(mask >> c);
-        P::store(P::expand(bits, values), place + c);
-        values += __builtin_popcountll(bits);
-      }
-      for (int64_t c = 0; place == tail && o + c < width; ++c) y[o + c] = tail[c];
-      at = (const char*)values;
-    }
+    const auto put = [&](const Place& place, int64_t word) {
+      const int64_t o = (word - first) * kWord;
+      if (o >= 0 && word < last) unpack_word<P>(place, y + o, width - o);
+    };
+    for (int64_t word = 0; word < fronts && word < last; ++word)
+      put(next_word<P, true, kFront>(&front), word);
+    for (int64_t word = words - 1; word >= fronts && word >= first; --word)
+      put(next_word<P, true, kBack>(&back), word);
   }
 }
 

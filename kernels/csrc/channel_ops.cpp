@@ -5,20 +5,37 @@
 
 #include "plan_op.h"
 
+// What products over channels need between their operations. Those of a plan come one behind the
+// other and share it, so that it stays in the caches while weights run through them.
+struct ChannelMemory {
+  ChannelList list{nullptr, nullptr, 0, 0};
+  uint8_t* marks = nullptr;  // [I]
+  float* sums = nullptr;
+
+  // At least so much of each; while a plan is made, before it runs.
+  void reserve(int64_t in_features, int64_t value_bytes, int64_t sum_bytes) {
+    list.channels = static_cast<int32_t*>(channels_.reserve((in_features + kListSlack) * 4));
+    list.values = values_.reserve((in_features + kListSlack) * value_bytes);
+    marks = static_cast<uint8_t*>(marks_.reserve(in_features));
+    sums = static_cast<float*>(sums_.reserve(sum_bytes));
+  }
+
+ private:
+  struct Buffer {
+    AlignedMemory memory;
+    int64_t size = -1;
+
+    void* reserve(int64_t bytes) {
+      if (bytes > size) memory = allocate_aligned(size = bytes);
+      return memory.get();
+    }
+  };
+  Buffer channels_, values_, marks_, sums_;
+};
+
 namespace {
 
 constexpr int64_t kMostRows = 8;
-
-struct ListMemory {
-  AlignedMemory channels, values, marks;
-  ChannelList list;
-
-  ListMemory(int64_t in_features, int64_t batch, int64_t x_bytes)
-      : channels(allocate_aligned((in_features + kListSlack) * 4)),
-        values(allocate_aligned((in_features + kListSlack) * batch * x_bytes)),
-        marks(allocate_aligned(in_features)),
-        list{static_cast<int32_t*>(channels.get()), values.get(), 0, 0} {}
-};
 
 // Adds to the site's counts: channels listed, inputs that count, rows.
 void note(const ChannelSite& site, int64_t listed, int64_t active, int64_t rows) {
@@ -33,10 +50,10 @@ struct GatherOp : Plan::Op {
   const ChannelSite site;
   SelectArgs args;
   const int64_t first, most;
-  std::shared_ptr<ListMemory> memory;
+  std::shared_ptr<ChannelMemory> memory;
 
   GatherOp(const ChannelKernel& kernel, const ChannelSite& site, const SelectArgs& args,
-           int64_t first, std::shared_ptr<ListMemory> memory)
+           int64_t first, std::shared_ptr<ChannelMemory> memory)
       : kernel(kernel), site(site), args(args), first(first), most(args.batch),
         memory(std::move(memory)) {}
   // one row alone makes its list in ChannelsOp
@@ -44,7 +61,7 @@ struct GatherOp : Plan::Op {
     return (args.batch = rows_of_run(rows, most, first)) > 1;
   }
   void before() override {
-    kernel.select_union(&args, static_cast<uint8_t*>(memory->marks.get()), &memory->list);
+    kernel.select_union(&args, memory->marks, &memory->list);
     note(site, memory->list.active, 0, 0);
   }
   int64_t chunks(int) const override { return args.batch; }
@@ -59,18 +76,22 @@ struct GatherOp : Plan::Op {
 // threads are: the order of addition depends on it.
 constexpr int64_t kParts = 4, kFinishOutputs = 512;
 
-struct SumMemory {
-  std::vector<PlanChannels> weights;
-  std::vector<AlignedMemory> sums;  // of each weight, [kParts, batch, pitch]
-  std::vector<int64_t> pitches;
+struct Sums {
+  const std::shared_ptr<ChannelMemory> memory;
+  const std::vector<PlanChannels> weights;
+  std::vector<int64_t> pitches, starts;  // of each weight's sums [kParts, batch, pitch]
+  int64_t count = 0;
 
-  SumMemory(const std::vector<PlanChannels>& weights, int64_t batch) : weights(weights) {
+  Sums(std::shared_ptr<ChannelMemory> memory, const std::vector<PlanChannels>& weights,
+       int64_t batch)
+      : memory(std::move(memory)), weights(weights) {
     for (const PlanChannels& w : weights) {
       pitches.push_back((w.weight.out_features + kWord - 1) / kWord * kWord);
-      sums.push_back(allocate_aligned(kParts * batch * pitches.back() * 4));
+      starts.push_back(count);
+      count += kParts * batch * pitches.back();
     }
   }
-  float* of(size_t weight) const { return static_cast<float*>(sums[weight].get()); }
+  float* of(size_t weight) const { return memory->sums + starts[weight]; }
 };
 
 struct ChannelsOp : Plan::Op {
@@ -78,12 +99,12 @@ struct ChannelsOp : Plan::Op {
   const ChannelSite site;
   SelectArgs select;
   const int64_t first, most;
-  std::shared_ptr<ListMemory> memory;
-  std::shared_ptr<SumMemory> sums;
+  std::shared_ptr<ChannelMemory> memory;
+  std::shared_ptr<Sums> sums;
   int64_t items = 0;
 
   ChannelsOp(const ChannelKernel& kernel, const ChannelSite& site, const SelectArgs& select,
-             int64_t first, std::shared_ptr<ListMemory> memory, std::shared_ptr<SumMemory> sums)
+             int64_t first, std::shared_ptr<ChannelMemory> memory, std::shared_ptr<Sums> sums)
       : kernel(kernel), site(site), select(select), first(first), most(select.batch),
         memory(std::move(memory)), sums(std::move(sums)) {
     for (const PlanChannels& w : this->sums->weights) items += tile_count(&w.weight) * kParts;
@@ -118,13 +139,13 @@ struct ChannelsOp : Plan::Op {
 
 struct FinishOp : Plan::Op {
   const ChannelKernel& kernel;
-  std::shared_ptr<SumMemory> sums;
+  std::shared_ptr<Sums> sums;
   const int64_t first, most;
   int64_t batch;
   const bool accumulate, gated;
   int64_t items = 0;
 
-  FinishOp(const ChannelKernel& kernel, std::shared_ptr<SumMemory> sums, int64_t first,
+  FinishOp(const ChannelKernel& kernel, std::shared_ptr<Sums> sums, int64_t first,
            int64_t batch, bool accumulate, bool gated)
       : kernel(kernel), sums(std::move(sums)), first(first), most(batch), batch(batch),
         accumulate(accumulate), gated(gated) {
@@ -164,16 +185,18 @@ void Plan::add_channels(const ChannelSite& site, const std::vector<PlanChannels>
                         bool accumulate, bool gated) {
   const ChannelKernel& kernel = isa_.channels[dtype_];
   const int64_t elem_bytes = dtype_ == kF32 ? 4 : 2;
+  if (!channel_memory_) channel_memory_ = std::make_shared<ChannelMemory>();
+  const std::shared_ptr<ChannelMemory> memory = channel_memory_;
   for (int64_t first = 0; first < site.batch; first += kMostRows) {
     const int64_t rows = std::min(kMostRows, site.batch - first);
     const SelectArgs select{rows_from<const void>(site.x, first, site.in_features, elem_bytes),
                             site.scales, site.thresholds + first, site.in_features, rows};
-    auto memory = std::make_shared<ListMemory>(site.in_features, rows, kernel.x_bytes);
     std::vector<PlanChannels> here = weights;
     for (PlanChannels& w : here)
       w.y = rows_from<void>(w.y, first, w.weight.out_features, elem_bytes);
+    auto sums = std::make_shared<Sums>(memory, here, rows);
+    memory->reserve(site.in_features, rows * kernel.x_bytes, sums->count * 4);
     if (rows > 1) ops_.push_back(std::make_unique<GatherOp>(kernel, site, select, first, memory));
-    auto sums = std::make_shared<SumMemory>(here, rows);
     ops_.push_back(std::make_unique<ChannelsOp>(kernel, site, select, first, memory, sums));
     ops_.push_back(std::make_unique<FinishOp>(kernel, sums, first, rows, accumulate, gated));
   }

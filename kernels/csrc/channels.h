@@ -2,7 +2,11 @@
 // from the stored form at load. C interface, as kernels.h.
 //
 // The outputs are cut into tiles. A chunk holds what one input channel contributes to one tile, in
-// words of kWord outputs: 8 bytes of mask, then the kept values. A skipped channel costs nothing.
+// words of kWord outputs. A skipped channel costs nothing.
+//
+// Kernels read a chunk from both ends towards its middle. So the first half of its words, and the
+// middle one, have 8 bytes of mask and then the kept values; the others the kept values and then the
+// mask.
 #pragma once
 
 #include <stdint.h>

@@ -141,22 +141,23 @@ template <class Lanes> struct HalfWords : FloatAccumulator {
 
 // One row: the sums of a whole word stay in registers while channel after channel is added.
 template <class Lanes> struct Word<HalfWords<Lanes>, true, 1> {
-  static INLINE void add(Streams* s, Due* due, const float* x, float* sums, int64_t) {
+  template <Side side>
+  static INLINE void add(const char** at, const char* const* ahead, Due due, const float* x,
+                         float* sums, int64_t) {
     enum { kParts = kWord / 8 };
-    fetch(s, due);
-    const char** at = s->at;
+    fetch<HalfWords<Lanes>, side>(at, ahead, due);
     __m256 sum[kParts];
     UNROLL for (int c = 0; c < kParts; ++c) sum[c] = _mm256_loadu_ps(sums + 8 * c);
     UNROLL for (int k = 0; k < kGroup; ++k) {
-      const uint8_t* mask = (const uint8_t*)at[k];
-      const uint16_t* values = (const uint16_t*)(at[k] + kMaskBytes);
+      const Place place = next_word<HalfWords<Lanes>, true, side>(&at[k]);
+      const uint8_t* mask = (const uint8_t*)place.mask;
+      const uint16_t* values = (const uint16_t*)place.values;
       const __m256 factor = _mm256_set1_ps(x[k]);
       UNROLL for (int c = 0; c < kParts; ++c) {
         const uint64_t bits = mask[c];
         sum[c] = _mm256_fmadd_ps(Lanes::spread(bits, values), factor, sum[c]);
         values += __builtin_popcountll(bits);
       }
-      at[k] = (const char*)values;
     }
     UNROLL for (int c = 0; c < kParts; ++c) _mm256_storeu_ps(sums + 8 * c, sum[c]);
   }

@@ -58,6 +58,48 @@ template <> struct Columns<BF16> {
   }
 };
 
+// To the first cache at once: on Zen 5 a request of the second for these runs takes twice the time
+// (measured); from the first they fall to the second.
+template <> struct Fetch<BF16> {
+  static INLINE void ahead(const char* at) { __builtin_prefetch(at, 0, 3); }
+  template <Side side> static INLINE void near(const char*) {}
+};
+
+// Each half of a mask goes from memory to a mask register: fewer instructions than by way of a
+// general one.
+template <int B> struct Word<BF16, true, B> {
+  static INLINE BF16::W next(const char* mask, const char* values, int64_t low) {
+    return BF16::W{
+        _mm512_maskz_expand_epi16(_load_mask32((__mmask32*)mask), load_apart(values)),
+        _mm512_maskz_expand_epi16(_load_mask32((__mmask32*)(mask + 4)), load_apart(values + low))};
+  }
+  template <Side side>
+  static INLINE void add(const char** at, const char* const* ahead, Due due, const uint16_t* x,
+                         float* sums, int64_t pitch) {
+    fetch<BF16, side>(at, ahead, due);
+    Columns<BF16>::Mix mix[kGroup / 2];
+    UNROLL for (int k = 0; k < kGroup; k += 2) {
+      BF16::W w[2];
+      UNROLL for (int j = 0; j < 2; ++j) {
+        const char* mask = side == kFront ? at[k + j] : at[k + j] - kMaskBytes;
+        const int64_t low = 2 * __builtin_popcount(bits_at(mask));
+        const int64_t bytes = low + 2 * __builtin_popcount(bits_at(mask + 4));
+        const char* values = side == kFront ? mask + kMaskBytes : mask - bytes;
+        at[k + j] = side == kFront ? values + bytes : values;
+        w[j] = next(mask, values, low);
+      }
+      mix[k / 2] = Columns<BF16>::mix(w[0], w[1]);
+    }
+    UNROLL for (int b = 0; b < B; ++b) {
+      float* place = sums + b * pitch;
+      BF16::Sums sum = BF16::load_sums(place);
+      UNROLL for (int p = 0; p < kGroup / 2; ++p)
+        sum = Columns<BF16>::fma(sum, mix[p], x + (p * B + b) * 2);
+      BF16::store_sums(place, sum);
+    }
+  }
+};
+
 template <> struct Select<BF16> {
   static void run(const SelectArgs* a, ChannelList* list) {
     uint16_t* values = (uint16_t*)list->values;

@@ -58,26 +58,23 @@ template <> struct Columns<BF16> {
   }
 };
 
-// 32 mask bits of a word, for counting: a load of its own, so that the compiler does not take them
-// from the mask register, which costs a port that multiplies.
-INLINE uint32_t bits_at(const char* mask) {
-  uint32_t bits = load_word<uint32_t>((const uint8_t*)mask);
-  asm("" : "+r"(bits));
-  return bits;
-}
-
 // Half a word at a time, so that the sums of eight rows stay in registers while channel after
 // channel is added. Each half of a mask goes from memory to a mask register. Memory is asked for a
 // line at a time between the channels: many requests at once hold up loads (measured).
 template <bool Packed, int B> struct Word<BF16, Packed, B> {
+  // Of the values of half a word.
+  static INLINE int64_t half_bytes(const char* mask) {
+    return 2 * (Packed ? __builtin_popcount(bits_at(mask)) : 32);
+  }
   static INLINE Parted weights(const char* mask, const char* values) {
     __m512i found = load_apart(values);
     if (Packed)
       found = _mm512_maskz_expand_epi16(_load_mask32((__mmask32*)mask), found);
     return as_floats(found);
   }
-  static INLINE void add(Streams* s, Due* due, const float* x, float* sums, int64_t pitch) {
-    const char** at = s->at;
+  template <Side side>
+  static INLINE void add(const char** at, const char* const* ahead, Due due, const float* x,
+                         float* sums, int64_t pitch) {
     UNROLL for (int half = 0; half < 2; ++half) {
       Parted sum[B];
       UNROLL for (int b = 0; b < B; ++b) {
@@ -85,14 +82,16 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
         sum[b] = Parted{_mm512_loadu_ps(place), _mm512_loadu_ps(place + 16)};
       }
       UNROLL for (int k = 0; k < kGroup; ++k) {
-        const char* mask = at[k] + 4 * half;
-        const char* values = at[k] + (Packed ? kMaskBytes : 0);
-        const int64_t line = due->from + kLine * half;
-        if (line < due->until) fetch_ahead(s->ahead[k] + line);
-        if (half) fetch_near(at[k]);
-        if (half) values += 2 * (Packed ? __builtin_popcount(bits_at(at[k])) : 32);
-        const Parted w = weights(mask, values);
-        if (half) at[k] = values + 2 * (Packed ? __builtin_popcount(bits_at(mask)) : 32);
+        const char* mask = side == kFront || !Packed ? at[k] : at[k] - kMaskBytes;
+        const int64_t bytes[2] = {half_bytes(mask), half_bytes(mask + 4)};
+        const char* values = side == kBack ? mask - bytes[0] - bytes[1]
+                             : Packed      ? mask + kMaskBytes
+                                           : mask;
+        const int64_t line = due.from + kLine * half;
+        if (line < due.until) fetch_line<BF16, side>(ahead[k], line);
+        if (half) Fetch<BF16>::near<side>(at[k]);
+        if (half) at[k] = side == kBack ? values : values + bytes[0] + bytes[1];
+        const Parted w = weights(mask + 4 * half, values + half * bytes[0]);
         UNROLL for (int b = 0; b < B; ++b) {
           const __m512 factor = _mm512_set1_ps(x[(k / 2 * B + b) * 2 + k % 2]);
           sum[b].even = _mm512_fmadd_ps(w.even, factor, sum[b].even);
@@ -105,8 +104,8 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
         _mm512_storeu_ps(place + 16, sum[b].odd);
       }
     }
-    for (int line = 0; due->from < due->until; due->from += kLine, ++line)
-      if (line >= 2) UNROLL for (int k = 0; k < kGroup; ++k) fetch_ahead(s->ahead[k] + due->from);
+    for (due.from += 2 * kLine; due.from < due.until; due.from += kLine)
+      UNROLL for (int k = 0; k < kGroup; ++k) fetch_line<BF16, side>(ahead[k], due.from);
   }
 };
 

@@ -55,19 +55,23 @@ void transpose_64(uint64_t rows[64]) {
   }
 }
 
-// One word of outputs, 64 channels: their masks, then their values, at the channels' positions.
+// One word of outputs, 64 channels, at the channels' positions: their masks, then their values, or
+// the other way round.
 template <class Elem>
-void fill_word(const Weight& w, int64_t row, int64_t rows, int64_t column, const Elem** values,
-               char** at) {
+void fill_word(const Weight& w, int64_t row, int64_t rows, int64_t column, bool masks_first,
+               const Elem** values, char** at) {
   uint64_t masks[64] = {}, turned[64];
   for (int64_t r = 0; r < rows; ++r) masks[r] = mask_word(w, row + r, column);
   std::memcpy(turned, masks, sizeof turned);
   transpose_64(turned);
   const int64_t columns = std::min<int64_t>(64, w.in_features - column);
-  for (int64_t c = 0; c < columns; ++c) {
-    std::memcpy(at[c], &turned[c], sizeof turned[c]);
-    at[c] += sizeof turned[c];
-  }
+  const auto put_masks = [&] {
+    for (int64_t c = 0; c < columns; ++c) {
+      std::memcpy(at[c], &turned[c], sizeof turned[c]);
+      at[c] += sizeof turned[c];
+    }
+  };
+  if (masks_first) put_masks();
   for (int64_t r = 0; r < rows; ++r) {
     for (uint64_t mask = masks[r]; mask; mask &= mask - 1) {
       const int c = __builtin_ctzll(mask);
@@ -75,6 +79,7 @@ void fill_word(const Weight& w, int64_t row, int64_t rows, int64_t column, const
       at[c] += sizeof(Elem);
     }
   }
+  if (!masks_first) put_masks();
 }
 
 template <class Elem> void fill_tile(PackCall& call, int64_t tile) {
@@ -89,10 +94,12 @@ template <class Elem> void fill_tile(PackCall& call, int64_t tile) {
     const int64_t end = std::min(block + kColumnBlock, w.in_features);
     for (int64_t i = block; i < end; ++i)
       at[static_cast<size_t>(i - block)] = call.data + int64_t(starts[i]) * int64_t(sizeof(Elem));
-    for (int64_t row = first; row < last; row += kWord)
+    for (int64_t row = first; row < last; row += kWord) {
+      const bool masks_first = 2 * (row - first) < last - first;
       for (int64_t column = block; column < end; column += 64)
-        fill_word<Elem>(w, row, std::min<int64_t>(kWord, last - row), column,
+        fill_word<Elem>(w, row, std::min<int64_t>(kWord, last - row), column, masks_first,
                         values.data() + (row - first), at.data() + (column - block));
+    }
   }
 }
 

@@ -33,6 +33,8 @@ struct ChannelSite {
   int64_t* counts;  // [3] grows by channels listed, inputs that count, rows; nullptr: not wanted
 };
 
+struct ChannelMemory;
+
 class Plan {
  public:
   Plan(const Isa& isa, DType dtype);
@@ -63,6 +65,7 @@ class Plan {
  private:
   const Isa& isa_;
   const DType dtype_;
+  std::shared_ptr<ChannelMemory> channel_memory_;  // nullptr: no linear over channels yet
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<Op*> busy_;  // those of ops_ that have work for rows_
   int64_t rows_ = 0;

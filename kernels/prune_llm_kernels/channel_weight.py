@@ -1,8 +1,9 @@
 """A weight in input-channel-major order: the runtime layout for inputs of which most are skipped.
 
 The outputs are cut into tiles. What an input channel contributes to a tile lies together: for every
-64 outputs 8 bytes of mask, then the kept values; a skipped channel is never read. Made from the
-stored form at load; it may change with every release and is never written to a file.
+64 outputs 8 bytes of mask and the kept values. Kernels read it from both ends, so the mask comes
+first in the first half of the tile and last in the second. A skipped channel is never read. Made
+from the stored form at load; it may change with every release and is never written to a file.
 
 Shape letters: O = output features, I = input features.
 """

@@ -9,6 +9,7 @@ Shape letters: O = output features, I = input features, K = kept per row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -127,13 +128,15 @@ def pack_channels(weight: PackedWeight, tile: int) -> ChannelWeight:
     for first in range(0, O, tile):
         for i in range(I):
             starts.append(at)
-            for o in range(first, min(O, first + tile), WORD):
-                kept = keep[o : min(o + WORD, O, first + tile), i]
+            last = min(O, first + tile)
+            for o in range(first, last, WORD):
+                kept = keep[o : min(o + WORD, last), i]
                 bits = F.pad(kept, (0, WORD - len(kept))).reshape(8, 8).to(torch.uint8)
-                mask = (bits * places).sum(1, dtype=torch.uint8)
+                mask = (bits * places).sum(1, dtype=torch.uint8).view(dense.dtype)
                 values = dense[o : o + len(kept), i][kept]
-                pieces += [mask.view(dense.dtype), values]
-                at += len(pieces[-2]) + len(values)
+                # the second half of the words is read from the chunk's end
+                pieces += [mask, values] if 2 * (o - first) < last - first else [values, mask]
+                at += len(mask) + len(values)
     data = torch.cat([*pieces, dense.new_zeros(SLACK)])
     all_starts = torch.tensor([*starts, at]).to(torch.uint32)
     return ChannelWeight(data, all_starts, O, I, tile, weight.offsets is None)
@@ -146,17 +149,11 @@ def unpack_channels(weight: ChannelWeight) -> Tensor:
     O, I, tile = weight.out_features, weight.in_features, weight.tile
     if weight.starts is None:
         return weight.data[:, :O].T.contiguous()
-    data, starts = weight.data, weight.starts.to(torch.int64)
-    dense = data.new_zeros(weight.tiles * tile, I)
-    for t in range(weight.tiles):
-        at_I = starts[t * I : (t + 1) * I]
-        for o in range(t * tile, min((t + 1) * tile, O), WORD):
-            kept_IW = _word_masks(data, at_I)
-            ranks_IW = kept_IW.cumsum(1)
-            first_I = at_I + 8 // data.element_size()
-            values_IW = data[(first_I[:, None] + ranks_IW - 1).clamp(min=0)]
-            dense[o : o + WORD] = torch.where(kept_IW, values_IW, 0).T
-            at_I = first_I + ranks_IW[:, -1]
+    dense = weight.data.new_zeros(weight.tiles * tile, I)
+    for o, kept_IW, first_I in _channel_words(weight):
+        ranks_IW = kept_IW.cumsum(1)
+        values_IW = weight.data[(first_I[:, None] + ranks_IW - 1).clamp(min=0)]
+        dense[o : o + WORD] = torch.where(kept_IW, values_IW, 0).T
     return dense[:O].contiguous()
 
 
@@ -164,17 +161,33 @@ def channel_keep_mask(weight: ChannelWeight) -> Tensor:
     """Which weights a packed ChannelWeight holds, bool [O, I]."""
     from prune_llm_kernels.channel_weight import WORD
 
-    assert weight.starts is not None
     O, I, tile = weight.out_features, weight.in_features, weight.tile
-    starts = weight.starts.to(torch.int64)
     keep = torch.zeros(weight.tiles * tile, I, dtype=torch.bool)
-    for t in range(weight.tiles):
-        at_I = starts[t * I : (t + 1) * I]
-        for o in range(t * tile, min((t + 1) * tile, O), WORD):
-            kept_IW = _word_masks(weight.data, at_I)
-            keep[o : o + WORD] = kept_IW.T
-            at_I = at_I + 8 // weight.data.element_size() + kept_IW.sum(1)
+    for o, kept_IW, _ in _channel_words(weight):
+        keep[o : o + WORD] = kept_IW.T
     return keep[:O].contiguous()
+
+
+def _channel_words(weight: ChannelWeight) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each word: its first output, its masks [I, WORD], where its values begin [I]."""
+    from prune_llm_kernels.channel_weight import WORD
+
+    assert weight.starts is not None
+    I, tile, size = weight.in_features, weight.tile, 8 // weight.data.element_size()
+    starts = weight.starts.to(torch.int64)
+    for t in range(weight.tiles):
+        words = range(t * tile, min((t + 1) * tile, weight.out_features), WORD)
+        fronts = (len(words) + 1) // 2
+        at_I = starts[t * I : (t + 1) * I]
+        for o in words[:fronts]:
+            kept_IW = _word_masks(weight.data, at_I)
+            yield o, kept_IW, at_I + size
+            at_I = at_I + size + kept_IW.sum(1)
+        end_I = starts[t * I + 1 : (t + 1) * I + 1]
+        for o in reversed(words[fronts:]):
+            kept_IW = _word_masks(weight.data, end_I - size)
+            end_I = end_I - size - kept_IW.sum(1)
+            yield o, kept_IW, end_I
 
 
 def _word_masks(data: Tensor, at_I: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Channel-major weights and gated plans against the float64 reference, on every instruction set."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("tile", [64, 128, 320])
 def test_packing_is_the_reference_bit_for_bit(
     dtype: torch.dtype, shape: tuple[int, int], tile: int
 ) -> None:
@@ -40,8 +42,8 @@ def test_packing_is_the_reference_bit_for_bit(
 def test_unpacking_gives_back_every_bit(isa: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         weight = make_weight(*shape, 0.5, dtype)
-        for given in (weight, reference.pack(weight)):
-            channels = to_channels(given, 128)
+        for given, tile in product((weight, reference.pack(weight)), (128, 320)):
+            channels = to_channels(given, tile)
             assert torch.equal(cpu.unpack_channels(channels, isa), weight)
             assert torch.equal(reference.unpack_channels(channels), weight)
 
@@ -80,8 +82,8 @@ def test_gated_products_are_as_exact_as_the_dense_op(
             thresholds[1], thresholds[2] = -1, torch.inf
         counted = reference.counting(x, thresholds, scales)
         exact = torch.where(counted, x, 0).double() @ weight.double().T + bias.double()
-        for given in (weight, reference.pack(weight)):
-            channels = to_channels(given, 64)
+        for given, tile in product((weight, reference.pack(weight)), (64, 320)):
+            channels = to_channels(given, tile)
             ours, plain = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
             gate = Gate(thresholds, scales, ours)
             found = run_gated(CpuPlan(dtype, isa), channels, x, gate, bias)
@@ -113,10 +115,27 @@ def test_swiglu_in_one_pass(isa: str, dtype: torch.dtype) -> None:
         assert (outs[0] - outs[1]).abs().max() <= 4 * torch.finfo(dtype).eps * scale
 
 
+def test_products_of_one_plan_share_memory_and_not_results() -> None:
+    shapes, dtype = [(130, 77, 1), (300, 200, 5), (1, 1, 1), (64, 300, 2)], torch.bfloat16
+    together, apart, expected = CpuPlan(dtype), [], []
+    for O, I, rows in shapes:
+        weight = to_channels(reference.pack(make_weight(O, I, 0.5, dtype)), 320)
+        x, bias = torch.randn(rows, I).to(dtype), torch.randn(O).to(dtype)
+        gate = Gate(torch.full((rows,), 0.5))
+        apart.append(run_gated(CpuPlan(dtype), weight, x, gate, bias))
+        expected.append(torch.full((rows, O), float("nan")).to(dtype))
+        together.linears(x, [weight], [bias], [expected[-1]], gate=gate)
+    for _ in range(2):
+        together.run()
+        assert all(map(torch.equal, apart, expected))
+        for out in expected:
+            out.fill_(float("nan"))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_with_every_input_is_the_same_alone_and_beside_others(threads: int) -> None:
     before = torch.get_num_threads()
-    weight = to_channels(reference.pack(make_weight(300, 200, 0.5, torch.bfloat16)), 64)
+    weight = to_channels(reference.pack(make_weight(300, 200, 0.5, torch.bfloat16)), 192)
     x, bias = torch.randn(9, 200).bfloat16(), torch.randn(300).bfloat16()
     x[:, ::3] = 0  # zeros that a row alone could skip
     every = torch.full((9,), -1.0)
