@@ -34,9 +34,9 @@ template <class P> struct Columns {
 // Channels summed before their sums are added up: a running sum of thousands loses digits.
 template <class Elem> constexpr int64_t sum_channels_of() { return sizeof(Elem) == 4 ? 32 : 512; }
 constexpr int64_t kMaskBytes = kWord / 8, kNearBytes = 256, kLine = 64;
-// how far ahead of the words that are added memory is asked: long enough for it to answer (8 KB are
-// not, measured), and less than a first cache
-constexpr int64_t kAheadBytes = 16384;
+// how far ahead of the words that are added memory is asked: long enough for it to answer, and a
+// quarter of the first cache where it is small (Zen 4)
+constexpr int64_t kAheadBytes = 8192;
 
 // The end of a chunk that a pass reads from; see channels.h.
 enum Side { kFront, kBack };
