@@ -3,7 +3,7 @@
 //
 // Beside what rows.h asks of a policy P, these need
 //   axpy(float* sums, w, x)        sums += w * x over kCols outputs, where nothing better is given
-// and Columns<P> may be specialised with sums in registers, Word a whole, Fetch<P> for its caches.
+// and Columns<P>, Word<P, ...> and Fetch<P> may be specialised.
 //
 // The sum of an output is float32 and runs through a part of the list in order, whatever tile, thread
 // and other rows there are: a row's result depends on its own list only.
