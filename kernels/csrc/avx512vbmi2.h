@@ -17,10 +17,10 @@ INLINE __m512i load_lanes(const uint16_t* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(first_32(n), p);
 }
 
-// 32 mask bits of a word, for counting: a load of its own, so that the compiler does not take them
-// from the mask register, which costs a port that multiplies.
-INLINE uint32_t bits_at(const char* mask) {
-  uint32_t bits = load_word<uint32_t>((const uint8_t*)mask);
+// Mask bits of a word, for counting: a load of its own, so that the compiler does not take them from
+// the mask register, which costs a port that multiplies.
+template <class Bits> INLINE Bits bits_at(const char* mask) {
+  Bits bits = load_word<Bits>((const uint8_t*)mask);
   asm("" : "+r"(bits));
   return bits;
 }

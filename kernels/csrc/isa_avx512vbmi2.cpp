@@ -64,7 +64,7 @@ template <> struct Columns<BF16> {
 template <bool Packed, int B> struct Word<BF16, Packed, B> {
   // Of the values of half a word.
   static INLINE int64_t half_bytes(const char* mask) {
-    return 2 * (Packed ? __builtin_popcount(bits_at(mask)) : 32);
+    return 2 * (Packed ? __builtin_popcount(bits_at<uint32_t>(mask)) : 32);
   }
   static INLINE Parted weights(const char* mask, const char* values) {
     __m512i found = load_apart(values);
