@@ -19,7 +19,7 @@ from kill_points import content
 from tiny_models import llama_config, save_model
 
 from prune_llm import Progress, PruneConfig, SparsifyConfig, prune, prune_within
-from prune_llm.journal import Journal, read_journal
+from prune_llm.journal import JOURNAL_FILE, Journal, read_journal
 from prune_llm.staging import Staging
 
 # a target that every sparsity meets: two are tried, the first and the last
@@ -136,15 +136,30 @@ def test_blocks_were_kept(answers: dict[str, Any]) -> None:
 
 
 class Stop:
-    """Interrupts a run when a block has been pruned."""
+    """Interrupts a run when a block has been pruned.
 
-    def __init__(self, block: int) -> None:
-        self.block, self.seen = block, list[tuple[int, str]]()
+    Args:
+        block: its index; -1: the run goes to its end.
+        behind: the output, and how many records must be on disk by then: a thread writes them.
+    """
+
+    def __init__(self, block: int, behind: tuple[Path, int] | None = None) -> None:
+        self.block, self.seen, self.behind = block, list[tuple[int, str]](), behind
 
     def __call__(self, progress: Progress) -> None:
         self.seen.append((progress.block, progress.phase))
         if (progress.block, progress.phase) == (self.block, "pruned"):
+            if self.behind is not None:
+                self.wait(*self.behind)
             raise KeyboardInterrupt
+
+    @staticmethod
+    def wait(output: Path, records: int) -> None:
+        journal = output.with_name(f".{output.name}.partial") / JOURNAL_FILE
+        until = time.monotonic() + 60
+        while (found := len(read_journal(journal)[0])) < records:
+            assert time.monotonic() < until, f"{found} of {records} records after a minute"
+            time.sleep(0.001)
 
 
 Start = Callable[..., PruneConfig]
@@ -157,7 +172,8 @@ def stopped(models: dict[str, Path], corpus: Path, tmp_path: Path) -> Start:
     def start(block: int = 2, **changes: Any) -> PruneConfig:
         config = PruneConfig(**{**settings(corpus), "method": "wanda", **changes})
         with pytest.raises(KeyboardInterrupt):
-            prune(models["llama"], config, tmp_path / "out", Stop(block))
+            stop = Stop(block, (tmp_path / "out", 1 + block))  # the settings, then each block
+            prune(models["llama"], config, tmp_path / "out", stop)
         return config
 
     return start
@@ -317,7 +333,7 @@ def test_the_allocation_alone_is_kept(
 ) -> None:
     config = PruneConfig(**settings(corpus), method="wanda", allocation="owl")
     with pytest.raises(KeyboardInterrupt):
-        prune(models["llama"], config, tmp_path / "out", Stop(0))
+        prune(models["llama"], config, tmp_path / "out", Stop(0, (tmp_path / "out", 2)))
     notes: list[str] = []
     monkeypatch.setattr("prune_llm.commits.make_plan", None)  # not made again
     prune(models["llama"], config, tmp_path / "out", resume=True, on_note=notes.append)
