@@ -58,14 +58,11 @@ template <> struct Columns<BF16> {
   }
 };
 
-// Half a word at a time, so that the sums of eight rows stay in registers while channel after
-// channel is added. Each half of a mask goes from memory to a mask register. Memory is asked for a
-// line at a time between the channels: many requests at once hold up loads (measured).
+// Sums of a word stay in registers while channel after channel is added; those of more than two rows
+// only half a word at a time. Each half of a mask goes from memory to a mask register. Memory is asked
+// for a line at a time between the channels: many requests at once hold up loads (measured).
 template <bool Packed, int B> struct Word<BF16, Packed, B> {
-  // Of the values of half a word.
-  static INLINE int64_t half_bytes(const char* mask) {
-    return 2 * (Packed ? __builtin_popcount(bits_at<uint32_t>(mask)) : 32);
-  }
+  enum { kHalves = B > 2 ? 1 : 2 };  // at a time
   static INLINE Parted weights(const char* mask, const char* values) {
     __m512i found = load_apart(values);
     if (Packed)
@@ -75,33 +72,44 @@ template <bool Packed, int B> struct Word<BF16, Packed, B> {
   template <Side side>
   static INLINE void add(const char** at, const char* const* ahead, Due due, const float* x,
                          float* sums, int64_t pitch) {
-    UNROLL for (int half = 0; half < 2; ++half) {
-      Parted sum[B];
+    UNROLL for (int first = 0; first < 2; first += kHalves) {
+      const bool last = first + kHalves == 2;
+      Parted sum[B][kHalves];
       UNROLL for (int b = 0; b < B; ++b) {
-        const float* place = sums + b * pitch + 32 * half;
-        sum[b] = Parted{_mm512_loadu_ps(place), _mm512_loadu_ps(place + 16)};
-      }
-      UNROLL for (int k = 0; k < kGroup; ++k) {
-        const char* mask = side == kFront || !Packed ? at[k] : at[k] - kMaskBytes;
-        const int64_t bytes[2] = {half_bytes(mask), half_bytes(mask + 4)};
-        const char* values = side == kBack ? mask - bytes[0] - bytes[1]
-                             : Packed      ? mask + kMaskBytes
-                                           : mask;
-        const int64_t line = due.from + kLine * half;
-        if (line < due.until) fetch_line<BF16, side>(ahead[k], line);
-        if (half) Fetch<BF16>::near<side>(at[k]);
-        if (half) at[k] = side == kBack ? values : values + bytes[0] + bytes[1];
-        const Parted w = weights(mask + 4 * half, values + half * bytes[0]);
-        UNROLL for (int b = 0; b < B; ++b) {
-          const __m512 factor = _mm512_set1_ps(x[(k / 2 * B + b) * 2 + k % 2]);
-          sum[b].even = _mm512_fmadd_ps(w.even, factor, sum[b].even);
-          sum[b].odd = _mm512_fmadd_ps(w.odd, factor, sum[b].odd);
+        UNROLL for (int h = 0; h < kHalves; ++h) {
+          const float* place = sums + b * pitch + 32 * (first + h);
+          sum[b][h] = Parted{_mm512_loadu_ps(place), _mm512_loadu_ps(place + 16)};
         }
       }
+      UNROLL for (int k = 0; k < kGroup; ++k) {
+        const int64_t line = due.from + kLine * first;
+        if (line < due.until) fetch_line<BF16, side>(ahead[k], line);
+        if (last) Fetch<BF16>::near<side>(at[k]);
+        const char* mask = side == kBack && Packed ? at[k] - kMaskBytes : at[k];
+        const int64_t low = 2 * (Packed ? __builtin_popcount(bits_at<uint32_t>(mask)) : 32);
+        const int64_t all = 2 * (Packed ? __builtin_popcountll(bits_at<uint64_t>(mask)) : 64);
+        const char* values = side == kBack ? mask - all : Packed ? mask + kMaskBytes : mask;
+        if (last) at[k] = side == kBack ? values : values + all;
+        Parted w[kHalves];
+        UNROLL for (int h = 0; h < kHalves; ++h) {
+          w[h] = weights(mask + 4 * (first + h), values + low * (first + h));
+        }
+        UNROLL for (int b = 0; b < B; ++b) {
+          const __m512 factor = _mm512_set1_ps(x[(k / 2 * B + b) * 2 + k % 2]);
+          UNROLL for (int h = 0; h < kHalves; ++h) {
+            sum[b][h].even = _mm512_fmadd_ps(w[h].even, factor, sum[b][h].even);
+            sum[b][h].odd = _mm512_fmadd_ps(w[h].odd, factor, sum[b][h].odd);
+          }
+        }
+        if (kHalves == 2 && line + kLine < due.until)
+          fetch_line<BF16, side>(ahead[k], line + kLine);
+      }
       UNROLL for (int b = 0; b < B; ++b) {
-        float* place = sums + b * pitch + 32 * half;
-        _mm512_storeu_ps(place, sum[b].even);
-        _mm512_storeu_ps(place + 16, sum[b].odd);
+        UNROLL for (int h = 0; h < kHalves; ++h) {
+          float* place = sums + b * pitch + 32 * (first + h);
+          _mm512_storeu_ps(place, sum[b][h].even);
+          _mm512_storeu_ps(place + 16, sum[b][h].odd);
+        }
       }
     }
     for (due.from += 2 * kLine; due.from < due.until; due.from += kLine)
