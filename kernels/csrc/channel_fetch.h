@@ -8,9 +8,6 @@
 namespace {
 
 constexpr int64_t kMaskBytes = kWord / 8, kNearBytes = 256, kLine = 64;
-// how far ahead of the words that are added memory is asked: long enough for it to answer, and a
-// quarter of the first cache where it is small (Zen 4)
-constexpr int64_t kAheadBytes = 8192;
 
 // The end of a chunk that a pass reads from; see channels.h.
 enum Side { kFront, kBack };
@@ -30,7 +27,8 @@ struct Due {
 template <class P> struct Fetch {
   // Every line of a chunk is asked for. Else as many beside every word, the nearest number: cheaper,
   // where the processor fetches what is left out in the middle of a chunk on its own.
-  enum { kEveryLine = true };
+  // kAhead: how many bytes ahead of the words that are added, long enough for memory to answer.
+  enum { kEveryLine = true, kAhead = 8192 };
   // To the second cache: on Intel's cores requests of the first are too few to hide memory's delay.
   static INLINE void ahead(const char* at) { __builtin_prefetch(at, 0, 2); }
   // And a little ahead to the first.
@@ -88,7 +86,7 @@ template <class P> struct Ahead {
         lines((bytes + kLine / 2) / kLine > 1 ? (bytes + kLine / 2) / kLine : 1), n(a->begin) {
     open();
     // what the first words need, and enough lines for memory to answer before they are added
-    const int64_t first = kAheadBytes / (2 * kGroup * bytes) + 1;
+    const int64_t first = Fetch<P>::kAhead / (2 * kGroup * bytes) + 1;
     for (int64_t i = 0; i < first && n < a->end; ++i, advance()) {
       const Due now = due();
       for (int64_t at = now.from; at < now.until; at += kLine) {

@@ -82,6 +82,7 @@ extern "C" {
 #endif
 // One table per instruction set that the build contains.
 const Isa* isa_avx512bf16(void);
+const ChannelKernel* channels_zen5(void);  // of bf16
 const Isa* isa_avx512vbmi2(void);
 const Isa* isa_avx512(void);
 const Isa* isa_avx2(void);

@@ -3,6 +3,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(PRUNE_LLM_X86)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -24,6 +27,26 @@ bool can_run_avx512vbmi2() { return can_run_avx512() && __builtin_cpu_supports("
 
 bool can_run_avx512bf16() {
   return can_run_avx512vbmi2() && __builtin_cpu_supports("avx512bf16");
+}
+
+// AMD's family 26 and later ones.
+bool is_zen5() {
+  unsigned signature, unused[3];
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &signature, unused, unused + 1, unused + 2))
+    return false;
+  const unsigned family = signature >> 8 & 15;
+  return family == 15 && family + (signature >> 20 & 255) >= 26;
+}
+
+// The table of avx512bf16 with the channels of isa_zen5.cpp.
+const Isa* isa_zen5() {
+  static const Isa table = [] {
+    Isa found = *isa_avx512bf16();
+    found.name = "zen5";
+    found.channels[kBF16] = *channels_zen5();
+    return found;
+  }();
+  return &table;
 }
 
 // Every processor with AVX2 and FMA has F16C.
@@ -161,10 +184,15 @@ bool has_slow_pairs() {
 int supported_isas(const Isa* found[kMaxIsas]) {
   int count = 0;
 #if defined(PRUNE_LLM_X86)
-  const bool pairs = can_run_avx512bf16();
-  if (pairs && !has_slow_pairs()) found[count++] = isa_avx512bf16();
+  const auto add_pairs = [&] {
+    if (!can_run_avx512bf16()) return;
+    if (is_zen5()) found[count++] = isa_zen5();
+    found[count++] = isa_avx512bf16();
+    if (!is_zen5()) found[count++] = isa_zen5();
+  };
+  if (!has_slow_pairs()) add_pairs();
   if (can_run_avx512vbmi2()) found[count++] = isa_avx512vbmi2();
-  if (pairs && has_slow_pairs()) found[count++] = isa_avx512bf16();
+  if (has_slow_pairs()) add_pairs();
   if (can_run_avx512()) found[count++] = isa_avx512();
   if (can_run_avx2()) found[count++] = isa_avx2();
 #elif defined(PRUNE_LLM_NEON)

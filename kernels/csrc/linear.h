@@ -11,7 +11,7 @@
 bool has_slow_pairs();
 
 // The instruction sets that this machine can run, fastest first; returns how many.
-enum { kMaxIsas = 5 };
+enum { kMaxIsas = 6 };
 int supported_isas(const Isa* found[kMaxIsas]);
 
 enum class Fault {
